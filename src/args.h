@@ -1,0 +1,56 @@
+/* args.h - what a kernel sees: plain pointers and numbers, already checked. Compiled by the C compiler and by nvcc.
+ *
+ * Shapes stand behind the pointers. Letters as in warpdecode.h: T tokens, K slots, E experts, H hidden size, I
+ * intermediate size. Sizes are elements unless a name says bytes. */
+#ifndef WD_ARGS_H
+#define WD_ARGS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum { WD_F32, WD_F16, WD_BF16 } wd_dtype;
+
+/* Bytes of one element. */
+static inline size_t wd_dtype_size(wd_dtype dtype) {
+  return dtype == WD_F32 ? 4 : 2;
+}
+
+/* Parts P of the intermediate, and S: value = part 0 + part 1 * 2^-S (warpdecode.h, wd_moe_gate_up_3d_batched). The
+ * remainder of a float16 is scaled because unscaled it would sink into the subnormals and lose the bits it is for. */
+static inline int wd_intermediate_parts(wd_dtype dtype) {
+  return dtype == WD_F32 ? 1 : 2;
+}
+#define WD_F16_LOW_SHIFT 11
+
+typedef struct {
+  int64_t tokens;       /* T, of this pass */
+  int32_t top_k;        /* K */
+  int32_t experts;      /* E */
+  int32_t hidden;       /* H, a multiple of 8 */
+  int32_t intermediate; /* I, a multiple of 8 */
+  wd_dtype dtype;       /* of hidden_states, weights, intermediate, output */
+  int32_t id_bytes;     /* 4 or 8: topk_ids are int32 or int64 */
+} wd_moe_shape;
+
+typedef struct {
+  wd_moe_shape shape;
+  int32_t activation;        /* wd_activation */
+  const void *hidden_states; /* [T, H] */
+  const void *topk_ids;      /* [T, K] */
+  const void *gate_up_proj;  /* [E, 2I, H] */
+  void *intermediate;        /* [T, K, P, I] */
+  void *scratch;             /* the scratch bytes of this kernel family for this shape, contents undefined */
+} wd_gate_up_args;
+
+typedef struct {
+  wd_moe_shape shape;
+  wd_dtype topk_weights_dtype;
+  const void *intermediate; /* [T, K, P, I] */
+  const void *topk_ids;     /* [T, K] */
+  const void *topk_weights; /* [T, K] */
+  const void *down_proj;    /* [E, H, I] */
+  void *output;             /* [T, H] */
+  void *scratch;            /* as above; not the bytes gate_up leaves for down: nothing is carried over */
+} wd_down_args;
+
+#endif /* WD_ARGS_H */
