@@ -1,0 +1,116 @@
+// device.cu - devices, the driver, errors of the CUDA runtime.
+#include "device.cuh"
+#include "launch.cuh"
+#include <atomic>
+#include <string.h>
+
+namespace wd {
+
+wd_status cuda_failed(cudaError_t error, const char *what) {
+  (void)cudaGetLastError(); // clear it: the next call must not report it as its own
+  return wd_fail(WD_CUDA_ERROR, "CUDA: %s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+// Compute capability by device, 0 while unknown. Read-only once written, and every writer writes the same.
+constexpr int kCachedDevices = 64;
+static std::atomic<int> capabilities[kCachedDevices];
+
+static wd_status compute_capability(int device, int *capability) {
+  const bool cached = device >= 0 && device < kCachedDevices;
+  *capability = cached ? capabilities[device].load(std::memory_order_relaxed) : 0;
+  if (*capability != 0) return WD_OK;
+  int major = 0, minor = 0;
+  WD_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  WD_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  *capability = 10 * major + minor;
+  if (cached) capabilities[device].store(*capability, std::memory_order_relaxed);
+  return WD_OK;
+}
+
+wd_status serves_dependent_launch(bool *serves) {
+  int device = 0, capability = 0;
+  WD_CUDA(cudaGetDevice(&device));
+  WD_TRY(compute_capability(device, &capability));
+  *serves = capability >= 90;
+  return WD_OK;
+}
+
+// The sentence for a machine on which CUDA cannot be used at all.
+static wd_status no_cuda(cudaError_t error) {
+  (void)cudaGetLastError();
+  int driver = 0;
+  (void)cudaDriverGetVersion(&driver);
+  if (driver == 0)
+    return wd_fail(WD_NO_CUDA, "CUDA: no driver found on this machine; install NVIDIA's driver (for CUDA %d.%d or "
+                               "newer), or use tensors on the CPU",
+                   CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  if (error == cudaErrorInsufficientDriver)
+    return wd_fail(WD_NO_CUDA, "CUDA: the driver serves CUDA %d.%d, expected %d.0 or newer (this build uses the runtime "
+                               "%d.%d); update NVIDIA's driver, or build warpdecode with an older CUDA Toolkit",
+                   driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION / 1000,
+                   CUDART_VERSION % 1000 / 10);
+  return wd_fail(WD_NO_CUDA, "CUDA: %s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+} // namespace wd
+
+wd_status wd_cuda_enter(int32_t device, int32_t *previous) {
+  int current = 0;
+  const cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess) return wd::no_cuda(error);
+  *previous = current;
+  if (device != current) WD_CUDA(cudaSetDevice(device));
+  int capability = 0;
+  wd_status status = wd::compute_capability(device, &capability);
+  if (status == WD_OK && capability < 80)
+    status = wd_fail(WD_UNSUPPORTED, "device: compute capability was %d.%d, expected 8.0 or newer", capability / 10,
+                     capability % 10);
+  if (status != WD_OK) (void)wd_cuda_leave(current); // the first failure is the one to report
+  if (status == WD_OK && device != current) *previous = current;
+  return status;
+}
+
+wd_status wd_cuda_leave(int32_t previous) {
+  int current = 0;
+  WD_CUDA(cudaGetDevice(&current));
+  if (current != previous) WD_CUDA(cudaSetDevice(previous));
+  return WD_OK;
+}
+
+wd_status wd_cuda_device_count(int32_t *count) {
+  WD_CHECK(count != NULL, WD_INVALID_ARGUMENT, "count: was NULL, expected a place for the number of devices");
+  *count = 0;
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) return wd::no_cuda(error);
+  *count = devices;
+  return WD_OK;
+}
+
+wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
+  WD_CHECK(info != NULL, WD_INVALID_ARGUMENT, "info: was NULL, expected a wd_cuda_device_info");
+  WD_CHECK(info->struct_size == sizeof *info, WD_INVALID_ARGUMENT, "info: struct_size was %zu, expected %zu",
+           info->struct_size, sizeof *info);
+  int32_t count = 0;
+  WD_TRY(wd_cuda_device_count(&count));
+  WD_CHECK(device >= 0 && device < count, WD_INVALID_ARGUMENT, "device: was %d, expected 0 to %d", device, count - 1);
+  cudaDeviceProp properties;
+  WD_CUDA(cudaGetDeviceProperties(&properties, device));
+  int driver = 0;
+  WD_CUDA(cudaDriverGetVersion(&driver));
+  memcpy(info->name, properties.name, sizeof info->name);
+  info->compute_capability = 10 * properties.major + properties.minor;
+  info->num_sms = properties.multiProcessorCount;
+  info->driver_version = driver;
+  info->l2_bytes = properties.l2CacheSize;
+  info->memory_bytes = (int64_t)properties.totalGlobalMem;
+  return WD_OK;
+}
+
+int32_t wd_cuda_runtime_version(void) {
+  return CUDART_VERSION;
+}
+
+const char *wd_cuda_architectures(void) {
+  return WD_CUDA_ARCHITECTURES;
+}

@@ -1,0 +1,17 @@
+// device.cuh - what the launchers ask about the current device.
+#pragma once
+#include "../src/cuda.h"
+
+namespace wd {
+
+// Whether the current device serves programmatic dependent launch (compute capability 9.0 and later).
+wd_status serves_dependent_launch(bool *serves);
+
+// Blocks that share one expert's list of routes: 1 while decoding (each expert is read once), more for long lists, so
+// that an expert with many tokens does not keep one row of blocks busy alone.
+inline unsigned list_splits(const wd_moe_shape &s) {
+  const int64_t splits = s.tokens * s.top_k / (64 * (int64_t)s.experts);
+  return splits < 1 ? 1u : splits > 16 ? 16u : (unsigned)splits;
+}
+
+} // namespace wd

@@ -1,0 +1,213 @@
+// down.cu - moe_down_3d_batched: the second of the two kernels.
+//
+//   v[t,k,h] = inter[t,k] . w[e,h],  e = topk_ids[t,k];   output[t,h] = sum_k weight[t,k] * v[t,k,h], rounded once
+//
+// The intermediate comes as a high and a low part of the weights' type, each with a chain of products of its own:
+//   v = dot(high) + dot(low) * 2^-S
+// and the slots are combined in slot order, one fused multiply-add each, from zero.
+// A warp owns 16 hidden rows of one expert and one quarter of I. Bytes: H*I*2 per distinct expert.
+//
+// direct:  a block serves 16 rows of one token: all its slots and quarters at once (up to 32 warps), combined in shared
+//          memory, one launch, nothing written but the output.
+// grouped: a block serves 16 rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
+//          to scratch (it stays in L2); combine_slots adds them up.
+// Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
+#include "device.cuh"
+#include "launch.cuh"
+#include "routes.cuh"
+
+namespace wd {
+
+// dot(high) + dot(low) * 2^-S, from the four quarters of each
+template <class T> __device__ __forceinline__ float join_parts(float high, float low) {
+  return __fadd_rn(high, __fmul_rn(low, 1.0f / Element<T>::kLowScale));
+}
+
+constexpr int kParallelSlots = 8; // slots that a direct block streams at the same time
+
+// grid (H / 16, T), block 32 * kQuarters * parallel slots
+template <class T>
+__global__ void __launch_bounds__(32 * kQuarters *kParallelSlots)
+    down_direct(const wd_down_args args, bool dependent) {
+  __shared__ float partial[WD_CUDA_DIRECT_MAX_TOP_K][2][16][kQuarters];
+  const wd_moe_shape &s = args.shape;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int quarter = warp % kQuarters, first_slot = warp / kQuarters, slots = blockDim.x / 32 / kQuarters;
+  const int first_row = blockIdx.x * 16;
+  const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
+  for (int slot = first_slot; slot < s.top_k; slot += slots) {
+    const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
+    if (expert < 0) continue;
+    const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate + 8 * t;
+    const T *row_low = weights + (int64_t)(first_row + g) * s.intermediate;
+    const T *row_high = weights + (int64_t)min(first_row + g + 8, s.hidden - 1) * s.intermediate;
+    const T *const column[1] = {(const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate + 8 * t};
+    float c[2][1][4] = {};
+    stream_dot<T, 1, 2, 2, 1>(c, row_low, row_high, column, s.intermediate, quarter_begin(s.intermediate, quarter),
+                              quarter_begin(s.intermediate, quarter + 1), lane_limit(s.intermediate, t),
+                              [&] { if (dependent) wait_for_previous_grid(); });
+    if (t == 0) // all eight columns are the same route
+#pragma unroll
+      for (int part = 0; part < 2; part++) {
+        partial[slot][part][g][quarter] = c[part][0][0];
+        partial[slot][part][g + 8][quarter] = c[part][0][2];
+      }
+  }
+  if (dependent) wait_for_previous_grid(); // also where no id was valid: see down_grouped
+  __syncthreads();
+  const int row = threadIdx.x;
+  if (row >= 16 || first_row + row >= s.hidden) return;
+  float sum = 0.0f;
+  for (int slot = 0; slot < s.top_k; slot++) {
+    if (expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts) < 0) continue;
+    const float *high = partial[slot][0][row], *low = partial[slot][1][row];
+    const float v = join_parts<T>(add_quarters(high[0], high[1], high[2], high[3]),
+                                  add_quarters(low[0], low[1], low[2], low[3]));
+    sum = __fmaf_rn(widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot), v, sum);
+  }
+  ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
+}
+
+// One 16-row tile of one expert against 8*TILES routes, as gate_up_tile in gate_up.cu.
+template <class T, int TILES, int AHEAD>
+__device__ __forceinline__ void down_tile(const wd_down_args &args, const T *expert, int first_row,
+                                          const int32_t *routes, int count, float4 *partial, bool wait) {
+  const wd_moe_shape &s = args.shape;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, quarter = threadIdx.x / 32 % kQuarters;
+  const T *row_low = expert + (int64_t)(first_row + g) * s.intermediate + 8 * t;
+  const T *row_high = expert + (int64_t)min(first_row + g + 8, s.hidden - 1) * s.intermediate + 8 * t;
+  const T *column[TILES];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    column[tile] = (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
+  float c[2][TILES][4] = {};
+  stream_dot<T, TILES, 2, AHEAD, 1>(c, row_low, row_high, column, s.intermediate,
+                                    quarter_begin(s.intermediate, quarter),
+                                    quarter_begin(s.intermediate, quarter + 1), lane_limit(s.intermediate, t),
+                                    [&] { if (wait) wait_for_previous_grid(); });
+#pragma unroll
+  for (int part = 0; part < 2; part++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      const float(&v)[4] = c[part][tile];
+      partial[((quarter * 2 + part) * TILES + tile) * 32 + lane] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  __syncthreads();
+  for (int tile = quarter; tile < TILES; tile += kQuarters) {
+    float4 v[2];
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      float4 q[kQuarters];
+#pragma unroll
+      for (int i = 0; i < kQuarters; i++) q[i] = partial[((i * 2 + part) * TILES + tile) * 32 + lane];
+      v[part] = make_float4(add_quarters(q[0].x, q[1].x, q[2].x, q[3].x), add_quarters(q[0].y, q[1].y, q[2].y, q[3].y),
+                            add_quarters(q[0].z, q[1].z, q[2].z, q[3].z), add_quarters(q[0].w, q[1].w, q[2].w, q[3].w));
+    }
+    const float low_row[2] = {join_parts<T>(v[0].x, v[1].x), join_parts<T>(v[0].y, v[1].y)};
+    const float high_row[2] = {join_parts<T>(v[0].z, v[1].z), join_parts<T>(v[0].w, v[1].w)};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int column_index = 8 * tile + 2 * t + j;
+      if (column_index >= count) continue;
+      float *out = (float *)args.scratch + (int64_t)routes[column_index] * s.hidden + first_row + g;
+      out[0] = low_row[j];
+      if (first_row + 8 < s.hidden) out[8] = high_row[j];
+    }
+  }
+}
+
+// grid (H / 16, experts, splits of long lists), block 32 * kQuarters; scratch: v[T*K, H]
+template <class T>
+__global__ void __launch_bounds__(32 * kQuarters, 4)
+    down_grouped(const wd_down_args args, RouteLists lists, bool dependent) {
+  __shared__ float4 partial[2 * kQuarters * 4 * 32];
+  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kQuarters];
+  allow_next_grid();
+  const wd_moe_shape &s = args.shape;
+  const int expert = blockIdx.y;
+  const int32_t *routes = searched;
+  int count;
+  if (lists.offsets) {
+    routes = lists.routes + lists.offsets[expert];
+    count = lists.offsets[expert + 1] - lists.offsets[expert];
+  } else {
+    count = search_routes(args.topk_ids, s.id_bytes, (int)s.tokens * s.top_k, expert, s.experts, searched, warp_counts);
+  }
+  const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate;
+  bool wait = dependent;
+  for (int first = 32 * blockIdx.z; first < count; first += 32 * gridDim.z) {
+    const int left = min(32, count - first);
+    if (left > 16) {
+      down_tile<T, 4, 2>(args, weights, blockIdx.x * 16, routes + first, left, partial, wait);
+    } else if (left > 8) {
+      down_tile<T, 2, 3>(args, weights, blockIdx.x * 16, routes + first, left, partial, wait);
+    } else {
+      down_tile<T, 1, 3>(args, weights, blockIdx.x * 16, routes + first, left, partial, wait);
+    }
+    wait = false;
+    __syncthreads(); // partial is written again
+  }
+  // One block always waits, work or not, so that the end of this grid implies the end of gate_up for whatever follows.
+  // The other empty blocks leave at once: waiting, they would keep the SMs from those that have weights to load.
+  if (wait && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_grid();
+}
+
+// output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8)
+template <class T> __global__ void __launch_bounds__(256) combine_slots(const wd_down_args args) {
+  wait_for_previous_grid();
+  const wd_moe_shape &s = args.shape;
+  const int64_t index = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  if (index >= s.tokens * s.hidden) return;
+  const int64_t token = index / s.hidden, h = index % s.hidden;
+  float sum[4] = {};
+  for (int slot = 0; slot < s.top_k; slot++) {
+    const int64_t route = token * s.top_k + slot;
+    if (expert_of(args.topk_ids, s.id_bytes, route, s.experts) < 0) continue;
+    const float4 v = __ldcg((const float4 *)((const float *)args.scratch + route * s.hidden + h));
+    const float weight = widen_weight(args.topk_weights, args.topk_weights_dtype, route);
+    sum[0] = __fmaf_rn(weight, v.x, sum[0]);
+    sum[1] = __fmaf_rn(weight, v.y, sum[1]);
+    sum[2] = __fmaf_rn(weight, v.z, sum[2]);
+    sum[3] = __fmaf_rn(weight, v.w, sum[3]);
+  }
+  union { // one 8-byte store
+    T value[4];
+    uint2 bits;
+  } out;
+#pragma unroll
+  for (int i = 0; i < 4; i++) out.value[i] = Element<T>::round(sum[i]);
+  *(uint2 *)((T *)args.output + index) = out.bits;
+}
+
+template <class T>
+wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool dependent, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  bool early_launch;
+  WD_TRY(serves_dependent_launch(&early_launch));
+  dependent = dependent && early_launch;
+  const int row_blocks = (s.hidden + 15) / 16;
+  if (schedule == WD_CUDA_DIRECT) {
+    const int rounds = (s.top_k + kParallelSlots - 1) / kParallelSlots, slots = (s.top_k + rounds - 1) / rounds;
+    return launch("down_direct", down_direct<T>, dim3(row_blocks, (unsigned)s.tokens), dim3(32 * kQuarters * slots), 0,
+                  stream, dependent, args, dependent);
+  }
+  const size_t v_bytes = align16((size_t)s.tokens * s.top_k * s.hidden * sizeof(float));
+  RouteLists lists;
+  WD_TRY(sort_routes(s, args.topk_ids, (char *)args.scratch + v_bytes, stream, &lists));
+  if (lists.offsets) dependent = false; // the grid before is sort_routes now, which never lets another start early
+  WD_TRY(launch("down_grouped", down_grouped<T>, dim3(row_blocks, s.experts, list_splits(s)), dim3(32 * kQuarters), 0,
+                stream, dependent, args, lists, dependent));
+  const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
+  return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);
+}
+
+} // namespace wd
+
+size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
+  return wd::align16((size_t)s->tokens * s->top_k * s->hidden * sizeof(float)) + wd::sorted_routes_bytes(*s);
+}
+
+wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {
+  return args->shape.dtype == WD_BF16 ? wd::down<wd::bf16>(*args, schedule, dependent != 0, (cudaStream_t)stream)
+                                      : wd::down<wd::f16>(*args, schedule, dependent != 0, (cudaStream_t)stream);
+}

@@ -1,0 +1,46 @@
+// launch.cuh - host side: CUDA errors become statuses and sentences; one way to launch.
+#pragma once
+#include "../src/check.h"
+#include <cuda_runtime.h>
+
+namespace wd {
+
+wd_status cuda_failed(cudaError_t error, const char *what); // sets the sentence; WD_CUDA_ERROR
+
+#define WD_CUDA(call)                                                                                                  \
+  do {                                                                                                                 \
+    const cudaError_t wd_cuda_error = (call);                                                                          \
+    if (wd_cuda_error != cudaSuccess) return ::wd::cuda_failed(wd_cuda_error, #call);                                  \
+  } while (0)
+
+// dependent: programmatic dependent launch - the kernel may start before the one before it has ended, and calls
+// wait_for_previous_grid() before it touches anything that one writes. Only ever true behind a kernel of our own.
+template <class... Parameters, class... Arguments>
+wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                 cudaStream_t stream, bool dependent, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return error == cudaSuccess ? WD_OK : cuda_failed(error, name);
+}
+
+constexpr size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Bytes of sort_routes' scratch (0 when the blocks search for themselves), and the launch itself (routes.cu).
+struct RouteLists;
+} // namespace wd
+
+#include "../src/args.h"
+namespace wd {
+size_t sorted_routes_bytes(const wd_moe_shape &shape);
+wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, cudaStream_t stream,
+                      RouteLists *lists);
+} // namespace wd

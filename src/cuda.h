@@ -1,0 +1,38 @@
+/* cuda.h - the CUDA side as the API sees it. Implemented by cuda/, or by cuda_absent.c in a CPU-only build. */
+#ifndef WD_CUDA_H
+#define WD_CUDA_H
+
+#include "args.h"
+#include "check.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The schedules (schedule.c chooses). Both give the same bits. */
+typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED } wd_cuda_schedule;
+
+/* Most slots that the direct schedule serves. */
+#define WD_CUDA_DIRECT_MAX_TOP_K 16
+
+/* Makes `device` current and remembers the one that was; wd_cuda_leave restores it. Fails with WD_NO_CUDA where this
+ * build or this machine cannot run CUDA. */
+wd_status wd_cuda_enter(int32_t device, int32_t *previous);
+wd_status wd_cuda_leave(int32_t previous);
+
+/* Bytes of scratch that either operation needs on this shape, whichever schedule is chosen. A multiple of 16. */
+size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape);
+
+/* Enqueue on stream, on the current device. dependent: the operation before it on the stream is this library's gate_up
+ * of the same call, so that down may load weights before gate_up has ended. */
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, void *stream);
+wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream);
+
+/* For wd_get_build_info. */
+int32_t wd_cuda_runtime_version(void);
+const char *wd_cuda_architectures(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* WD_CUDA_H */

@@ -1,0 +1,105 @@
+/* down_cpu.c - the second operation on the CPU:
+ *
+ *   v[t,k,h]    = sum_i inter[t,k,i] D[e,h,i],   e = topk_ids[t,k]
+ *   output[t,h] = sum_k topk_weights[t,k] v[t,k,h],   one fmaf per valid slot, in slot order, rounded once
+ *
+ * A work item is a tile of hidden indices h: for every expert its rows of the tile against all its routes, the sums v
+ * to scratch, then the combination of all tokens for this tile. So nothing has to wait for another worker, and the
+ * weights of an expert come from memory once. Workers take items from a counter. Before that the intermediate is
+ * widened to float (part 0 + part 1 * 2^-S, isa.h), once for all items. */
+#include "dtype.h"
+#include "plan_cpu.h"
+
+#include <stdatomic.h>
+
+typedef struct {
+  const wd_down_args *args;
+  const wd_cpu_isa *isa;
+  const wd_isa_loops *loops;
+  const wd_cpu_plan *plan;
+  atomic_llong next_item;
+} down_call;
+
+static void widen_task(void *context, int32_t worker, int32_t workers) {
+  const down_call *const call = context;
+  const wd_moe_shape *const shape = &call->args->shape;
+  const int64_t part_bytes = shape->intermediate * (int64_t)wd_dtype_size(shape->dtype);
+  const int parts = wd_intermediate_parts(shape->dtype);
+  for (int64_t r = worker; r < call->plan->routes; r += workers) {
+    const int64_t route = call->plan->route[r];
+    const char *const part0 = (const char *)call->args->intermediate + route * parts * part_bytes;
+    call->loops->widen(part0, parts == 2 ? part0 + part_bytes : NULL, shape->intermediate,
+                       call->plan->vectors + route * wd_lane_count(shape->intermediate));
+  }
+}
+
+/* v[route, h .. h + rows) for all routes. */
+static void project(const down_call *call, int64_t h, int64_t rows) {
+  const wd_moe_shape *const shape = &call->args->shape;
+  const wd_cpu_plan *const plan = call->plan;
+  const int64_t I = shape->intermediate, H = shape->hidden;
+  const int64_t size = (int64_t)wd_dtype_size(shape->dtype);
+  for (int32_t active = 0; active < plan->experts; active++) {
+    const char *const weights = (const char *)call->args->down_proj + (plan->expert[active] * H + h) * I * size;
+    for (int32_t begin = plan->begin[active]; begin < plan->begin[active + 1]; begin += WD_MAX_VECTORS) {
+      const int32_t left = plan->begin[active + 1] - begin;
+      const int32_t count = left < WD_MAX_VECTORS ? left : WD_MAX_VECTORS;
+      const float *vectors[WD_MAX_VECTORS];
+      float *sums[WD_MAX_VECTORS];
+      for (int32_t v = 0; v < count; v++) {
+        const int64_t route = plan->route[begin + v];
+        vectors[v] = plan->vectors + route * wd_lane_count(I);
+        sums[v] = plan->sums + route * H + h;
+      }
+      call->loops->dots(weights, rows, I, vectors, count, sums);
+    }
+  }
+}
+
+static float weight_of(const wd_down_args *args, int64_t route) {
+  switch (args->topk_weights_dtype) {
+  case WD_F16:
+    return wd_f16_to_float(((const uint16_t *)args->topk_weights)[route]);
+  case WD_BF16:
+    return wd_bf16_to_float(((const uint16_t *)args->topk_weights)[route]);
+  default:
+    return ((const float *)args->topk_weights)[route];
+  }
+}
+
+/* output[t, h .. h + rows) for all tokens. */
+static void combine(const down_call *call, int64_t h, int64_t rows) {
+  const wd_moe_shape *const shape = &call->args->shape;
+  for (int64_t token = 0; token < shape->tokens; token++) {
+    float sum[WD_MAX_TILE] = {0};
+    for (int64_t route = token * shape->top_k; route < (token + 1) * shape->top_k; route++)
+      if (wd_cpu_expert_of(shape, call->args->topk_ids, route) >= 0)
+        call->isa->add_scaled(weight_of(call->args, route), call->plan->sums + route * shape->hidden + h, rows, sum);
+    call->loops->narrow(
+        sum, rows, (char *)call->args->output + (token * shape->hidden + h) * (int64_t)wd_dtype_size(shape->dtype));
+  }
+}
+
+static void down_task(void *context, int32_t worker, int32_t workers) {
+  down_call *const call = context;
+  (void)worker;
+  const int64_t rows = call->args->shape.hidden;
+  const int64_t tile = wd_cpu_tile(rows, 1, workers);
+  for (;;) {
+    const int64_t h = tile * atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
+    if (h >= rows) return;
+    const int64_t tile_rows = rows - h < tile ? rows - h : tile;
+    project(call, h, tile_rows);
+    combine(call, h, tile_rows);
+  }
+}
+
+void wd_down_cpu(const wd_down_args *args, const wd_cpu_isa *isa, wd_threads *threads) {
+  const wd_moe_shape *const shape = &args->shape;
+  const wd_cpu_plan plan = wd_cpu_plan_make(shape, args->topk_ids, args->scratch);
+  down_call call = {.args = args, .isa = isa, .loops = &isa->loops[shape->dtype], .plan = &plan};
+  atomic_init(&call.next_item, 0);
+  wd_threads_run(wd_cpu_worthwhile(threads, plan.routes * shape->intermediate), widen_task, &call);
+  const int64_t products = plan.routes * shape->hidden * shape->intermediate;
+  wd_threads_run(wd_cpu_worthwhile(threads, products), down_task, &call);
+}

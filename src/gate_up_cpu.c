@@ -1,0 +1,83 @@
+/* gate_up_cpu.c - the first operation on the CPU:
+ *
+ *   inter[t,k,i] = activation(sum_h x[t,h] W[e,i,h]) * sum_h x[t,h] W[e,I+i,h],   e = topk_ids[t,k]
+ *
+ * A work item is a tile of neurons i of one expert: its gate rows and its up rows, each a contiguous stretch of memory,
+ * against all tokens routed to the expert, WD_MAX_VECTORS at a time. So the weights of an expert come from memory once
+ * however many tokens it has. Workers take items from a counter. Before that the hidden states are widened to float,
+ * once for all items. */
+#include "plan_cpu.h"
+
+#include <stdatomic.h>
+
+typedef struct {
+  const wd_gate_up_args *args;
+  const wd_isa_loops *loops;
+  const wd_cpu_plan *plan;
+  atomic_llong next_item;
+} gate_up_call;
+
+static void widen_task(void *context, int32_t worker, int32_t workers) {
+  const gate_up_call *const call = context;
+  const wd_moe_shape *const shape = &call->args->shape;
+  const int64_t row_bytes = shape->hidden * (int64_t)wd_dtype_size(shape->dtype);
+  for (int64_t token = worker; token < shape->tokens; token += workers)
+    call->loops->widen((const char *)call->args->hidden_states + token * row_bytes, NULL, shape->hidden,
+                       call->plan->vectors + token * wd_lane_count(shape->hidden));
+}
+
+/* Neurons [i, i + rows) of expert number `active` of the plan, for all its routes. */
+static void compute_item(const gate_up_call *call, int32_t active, int64_t i, int64_t rows) {
+  const wd_moe_shape *const shape = &call->args->shape;
+  const wd_cpu_plan *const plan = call->plan;
+  const int64_t I = shape->intermediate, H = shape->hidden;
+  const int64_t size = (int64_t)wd_dtype_size(shape->dtype);
+  const int parts = wd_intermediate_parts(shape->dtype);
+  const char *const gate_rows = (const char *)call->args->gate_up_proj + (plan->expert[active] * 2 * I + i) * H * size;
+  const char *const up_rows = gate_rows + I * H * size;
+
+  for (int32_t begin = plan->begin[active]; begin < plan->begin[active + 1]; begin += WD_MAX_VECTORS) {
+    const int32_t left = plan->begin[active + 1] - begin;
+    const int32_t count = left < WD_MAX_VECTORS ? left : WD_MAX_VECTORS;
+    float gate[WD_MAX_VECTORS][WD_MAX_TILE], up[WD_MAX_VECTORS][WD_MAX_TILE];
+    const float *vectors[WD_MAX_VECTORS];
+    float *gate_sums[WD_MAX_VECTORS], *up_sums[WD_MAX_VECTORS];
+    for (int32_t v = 0; v < count; v++) {
+      vectors[v] = plan->vectors + plan->route[begin + v] / shape->top_k * wd_lane_count(H);
+      gate_sums[v] = gate[v];
+      up_sums[v] = up[v];
+    }
+    call->loops->dots(gate_rows, rows, H, vectors, count, gate_sums);
+    call->loops->dots(up_rows, rows, H, vectors, count, up_sums);
+    for (int32_t v = 0; v < count; v++) {
+      char *const part0 = (char *)call->args->intermediate + (plan->route[begin + v] * parts * I + i) * size;
+      char *const part1 = parts == 2 ? part0 + I * size : NULL;
+      call->loops->glu(gate[v], up[v], rows, call->args->activation, part0, part1);
+    }
+  }
+}
+
+static void gate_up_task(void *context, int32_t worker, int32_t workers) {
+  gate_up_call *const call = context;
+  (void)worker;
+  const int64_t rows = call->args->shape.intermediate;
+  const int64_t tile = wd_cpu_tile(rows, call->plan->experts, workers);
+  const int64_t tiles = (rows + tile - 1) / tile;
+  for (;;) {
+    const int64_t item = atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
+    if (item >= tiles * call->plan->experts) return;
+    const int64_t i = item % tiles * tile;
+    compute_item(call, (int32_t)(item / tiles), i, rows - i < tile ? rows - i : tile);
+  }
+}
+
+void wd_gate_up_cpu(const wd_gate_up_args *args, const wd_cpu_isa *isa, wd_threads *threads) {
+  const wd_moe_shape *const shape = &args->shape;
+  const wd_cpu_plan plan = wd_cpu_plan_make(shape, args->topk_ids, args->scratch);
+  if (plan.experts == 0) return;
+  gate_up_call call = {.args = args, .loops = &isa->loops[shape->dtype], .plan = &plan};
+  atomic_init(&call.next_item, 0);
+  wd_threads_run(wd_cpu_worthwhile(threads, shape->tokens * shape->hidden), widen_task, &call);
+  const int64_t products = plan.routes * 2 * shape->intermediate * shape->hidden;
+  wd_threads_run(wd_cpu_worthwhile(threads, products), gate_up_task, &call);
+}

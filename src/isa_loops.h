@@ -1,0 +1,115 @@
+/* isa_loops.h - the loops around the dot products: plain C, compiled once per instruction set.
+ *
+ * Every isa_*.c includes this file and compiles it with its own flags, so that the compiler vectorises it; no step can
+ * be contracted or reordered (-ffp-contract=off, no fast-math), so the bits are the same in all of them. */
+#ifndef WD_ISA_LOOPS_H
+#define WD_ISA_LOOPS_H
+
+#include "activation.h"
+#include "dtype.h"
+#include "isa.h"
+
+static void loops_widen_f32(const void *part0, const void *part1, int64_t n, float *vector) {
+  (void)part1; /* float32 has one part */
+  memcpy(vector, part0, (size_t)n * sizeof *vector);
+  memset(vector + n, 0, (size_t)(wd_lane_count(n) - n) * sizeof *vector);
+}
+
+static void loops_widen_f16(const void *part0, const void *part1, int64_t n, float *vector) {
+  const uint16_t *const high = part0;
+  const uint16_t *const low = part1;
+  if (low == NULL)
+    for (int64_t j = 0; j < n; j++)
+      vector[j] = wd_f16_to_float(high[j]);
+  else
+    for (int64_t j = 0; j < n; j++)
+      vector[j] = fmaf(wd_f16_to_float(low[j]), 1.0f / (1 << WD_F16_LOW_SHIFT), wd_f16_to_float(high[j]));
+  memset(vector + n, 0, (size_t)(wd_lane_count(n) - n) * sizeof *vector);
+}
+
+/* Even elements to lanes 0..15 of their group, odd ones to lanes 16..31. */
+static void loops_widen_bf16(const void *part0, const void *part1, int64_t n, float *vector) {
+  const uint16_t *high = part0;
+  const uint16_t *low = part1;
+  for (int64_t begin = 0; begin < n; begin += WD_LANES, vector += WD_LANES) {
+    uint16_t group[2][WD_LANES] = {{0}};
+    const size_t bytes = (size_t)(n - begin < WD_LANES ? n - begin : WD_LANES) * sizeof *high;
+    memcpy(group[0], high + begin, bytes);
+    if (low != NULL) memcpy(group[1], low + begin, bytes);
+    for (int p = 0; p < WD_LANES / 2; p++) {
+      vector[p] = wd_bf16_to_float(group[0][2 * p]) + wd_bf16_to_float(group[1][2 * p]);
+      vector[p + WD_LANES / 2] = wd_bf16_to_float(group[0][2 * p + 1]) + wd_bf16_to_float(group[1][2 * p + 1]);
+    }
+  }
+}
+
+static inline float loops_glu(float gate, float up, int32_t activation) {
+  return (activation == WD_ACTIVATION_SILU ? wd_silu(gate) : wd_gelu_tanh(gate)) * up;
+}
+
+/* What part0 lost: value - part0, or 0 where part0 is not finite. */
+static inline float loops_remainder(float value, float part0) {
+  const float remainder = value - part0;
+  return fabsf(part0) < INFINITY ? remainder : 0.0f;
+}
+
+static void loops_glu_f32(const float *gate, const float *up, int64_t n, int32_t activation, void *part0, void *part1) {
+  (void)part1;
+  float *const value = part0;
+  for (int64_t j = 0; j < n; j++)
+    value[j] = wd_float_to_f32(loops_glu(gate[j], up[j], activation));
+}
+
+static void loops_glu_f16(const float *gate, const float *up, int64_t n, int32_t activation, void *part0, void *part1) {
+  uint16_t *const high = part0;
+  uint16_t *const low = part1;
+  for (int64_t j = 0; j < n; j++) {
+    const float value = loops_glu(gate[j], up[j], activation);
+    high[j] = wd_float_to_f16(value);
+    low[j] = wd_float_to_f16(loops_remainder(value, wd_f16_to_float(high[j])) * (1 << WD_F16_LOW_SHIFT));
+  }
+}
+
+static void loops_glu_bf16(const float *gate, const float *up, int64_t n, int32_t activation, void *part0,
+                           void *part1) {
+  uint16_t *const high = part0;
+  uint16_t *const low = part1;
+  for (int64_t j = 0; j < n; j++) {
+    const float value = loops_glu(gate[j], up[j], activation);
+    high[j] = wd_float_to_bf16(value);
+    low[j] = wd_float_to_bf16(loops_remainder(value, wd_bf16_to_float(high[j])));
+  }
+}
+
+static void loops_add_scaled(float weight, const float *term, int64_t n, float *sum) {
+  for (int64_t j = 0; j < n; j++)
+    sum[j] = fmaf(weight, term[j], sum[j]);
+}
+
+static void loops_narrow_f32(const float *sum, int64_t n, void *output) {
+  float *const values = output;
+  for (int64_t j = 0; j < n; j++)
+    values[j] = wd_float_to_f32(sum[j]);
+}
+
+static void loops_narrow_f16(const float *sum, int64_t n, void *output) {
+  uint16_t *const values = output;
+  for (int64_t j = 0; j < n; j++)
+    values[j] = wd_float_to_f16(sum[j]);
+}
+
+static void loops_narrow_bf16(const float *sum, int64_t n, void *output) {
+  uint16_t *const values = output;
+  for (int64_t j = 0; j < n; j++)
+    values[j] = wd_float_to_bf16(sum[j]);
+}
+
+/* The initialiser of wd_cpu_isa.loops around three dot products. */
+#define WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16)                                                                    \
+  {                                                                                                                    \
+      [WD_F32] = {loops_widen_f32, dots_f32, loops_glu_f32, loops_narrow_f32},                                         \
+      [WD_F16] = {loops_widen_f16, dots_f16, loops_glu_f16, loops_narrow_f16},                                         \
+      [WD_BF16] = {loops_widen_bf16, dots_bf16, loops_glu_bf16, loops_narrow_bf16},                                    \
+  }
+
+#endif /* WD_ISA_LOOPS_H */

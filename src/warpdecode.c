@@ -1,0 +1,285 @@
+/* warpdecode.c - the API's three operations: check, choose, fill args, launch, and nothing between. */
+#include "schedule.h"
+#include "tensor.h"
+
+#include <string.h>
+
+/* Routes that one pass serves; larger calls run pass after pass, which bounds the workspace (32768 routes of H = 7168 are
+ * 0.9 GB) and costs nothing: a pass this large reads the experts for hundreds of tokens each. */
+enum { ROUTES_PER_PASS = 32768, MAX_TOP_K = 1024, MAX_EXPERTS = 65535 };
+
+/* A checked call. Tensors an operation does not have are NULL. */
+typedef struct {
+  wd_moe_experts experts;
+  wd_moe_shape shape; /* tokens: of the whole call */
+  DLDevice device;
+  const DLTensor *hidden_states, *topk_ids, *topk_weights, *intermediate, *output;
+  wd_dtype topk_weights_dtype;
+  char *workspace;
+  size_t intermediate_bytes; /* of one pass of wd_moe_forward, at the start of the workspace */
+  void *stream;
+  wd_threads *threads;
+  wd_kernel kernel;
+} call;
+
+static int64_t tokens_per_pass(int64_t top_k) {
+  return top_k >= ROUTES_PER_PASS ? 1 : ROUTES_PER_PASS / top_k;
+}
+
+static size_t round_up(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+static int64_t pass_tokens(const wd_moe_shape *shape) {
+  const int64_t limit = tokens_per_pass(shape->top_k);
+  return shape->tokens < limit ? shape->tokens : limit;
+}
+
+static size_t pass_intermediate_bytes(const wd_moe_shape *shape) {
+  return round_up((size_t)pass_tokens(shape) * (size_t)shape->top_k * (size_t)wd_intermediate_parts(shape->dtype) *
+                  (size_t)shape->intermediate * wd_dtype_size(shape->dtype));
+}
+
+static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
+  if (shape->tokens == 0) return 0;
+  wd_moe_shape pass = *shape;
+  pass.tokens = pass_tokens(shape);
+  return pass_intermediate_bytes(shape) +
+         (device_type == kDLCUDA ? wd_cuda_scratch_bytes(&pass) : wd_cpu_scratch_bytes(&pass));
+}
+
+/* The description of the layer: fills c->experts, c->device and all of c->shape but tokens, top_k and id_bytes. */
+static wd_status check_experts(call *c, const wd_moe_experts *experts) {
+  WD_CHECK(experts != NULL, WD_INVALID_ARGUMENT, "experts: was NULL, expected a wd_moe_experts");
+  WD_CHECK(experts->struct_size >= sizeof(size_t) + 2 * sizeof(void *) + sizeof(int32_t) &&
+               experts->struct_size <= sizeof c->experts,
+           WD_INVALID_ARGUMENT,
+           "experts: struct_size was %zu, expected %zu; a larger one comes from a newer warpdecode.h than this library",
+           experts->struct_size, sizeof c->experts);
+  memcpy(&c->experts, experts, experts->struct_size);
+  const DLTensor *gate_up = c->experts.gate_up_proj, *down = c->experts.down_proj;
+  const int64_t any[3] = {WD_ANY, WD_ANY, WD_ANY};
+  WD_TRY(wd_check_shape(gate_up, "gate_up_proj", 3, any, "[E, 2I, H]"));
+  WD_CHECK(gate_up->device.device_type == kDLCPU || gate_up->device.device_type == kDLCUDAHost ||
+               gate_up->device.device_type == kDLCUDA,
+           WD_UNSUPPORTED, "gate_up_proj: DLPack device type was %d, expected %d (CPU) or %d (CUDA)",
+           (int)gate_up->device.device_type, (int)kDLCPU, (int)kDLCUDA);
+  c->device = gate_up->device;
+  if (c->device.device_type == kDLCUDAHost) c->device = (DLDevice){kDLCPU, 0};
+  const int64_t experts_count = gate_up->shape[0], rows = gate_up->shape[1], hidden = gate_up->shape[2];
+  WD_CHECK(experts_count >= 1 && experts_count <= MAX_EXPERTS, WD_INVALID_ARGUMENT,
+           "gate_up_proj: number of experts was %lld, expected 1 to %d", (long long)experts_count, MAX_EXPERTS);
+  WD_CHECK(hidden >= 8 && hidden % 8 == 0 && hidden <= INT32_MAX / 4, WD_UNSUPPORTED,
+           "gate_up_proj: hidden size H was %lld, expected a multiple of 8", (long long)hidden);
+  WD_CHECK(rows >= 16 && rows % 16 == 0 && rows <= INT32_MAX / 4, WD_UNSUPPORTED,
+           "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8", (long long)rows);
+  WD_TRY(wd_check_float(gate_up, "gate_up_proj", c->device.device_type == kDLCPU, &c->shape.dtype));
+  WD_TRY(wd_check_data(gate_up, "gate_up_proj", 16));
+  const int64_t down_shape[3] = {experts_count, hidden, rows / 2};
+  WD_TRY(wd_check_shape(down, "down_proj", 3, down_shape, "[E, H, I]"));
+  WD_TRY(wd_check_same_dtype(down, "down_proj", c->shape.dtype, "gate_up_proj"));
+  WD_TRY(wd_check_device(down, "down_proj", c->device, "gate_up_proj"));
+  WD_TRY(wd_check_data(down, "down_proj", 16));
+  const int32_t activation = c->experts.activation;
+  WD_CHECK(activation == WD_ACTIVATION_SILU || activation == WD_ACTIVATION_GELU_TANH, WD_INVALID_ARGUMENT,
+           "experts: activation was %d, expected %d (silu) or %d (gelu_tanh)", activation, WD_ACTIVATION_SILU,
+           WD_ACTIVATION_GELU_TANH);
+  c->shape.experts = (int32_t)experts_count;
+  c->shape.hidden = (int32_t)hidden;
+  c->shape.intermediate = (int32_t)(rows / 2);
+  return WD_OK;
+}
+
+static wd_status check_top_k(int64_t top_k) {
+  WD_CHECK(top_k >= 1 && top_k <= MAX_TOP_K, WD_INVALID_ARGUMENT,
+           "topk_ids: K, the experts per token, was %lld, expected 1 to %d", (long long)top_k, MAX_TOP_K);
+  return WD_OK;
+}
+
+/* The call's own tensors. Rank, shape, dtype, device and data of each; c->topk_ids comes first, it gives T and K. */
+static wd_status check_tensors(call *c) {
+  const int64_t any[2] = {WD_ANY, WD_ANY};
+  wd_moe_shape *s = &c->shape;
+  WD_TRY(wd_check_shape(c->topk_ids, "topk_ids", 2, any, "[T, K]"));
+  WD_TRY(wd_check_ids(c->topk_ids, "topk_ids", &s->id_bytes));
+  WD_TRY(wd_check_device(c->topk_ids, "topk_ids", c->device, "gate_up_proj"));
+  WD_TRY(wd_check_data(c->topk_ids, "topk_ids", (size_t)s->id_bytes));
+  s->tokens = c->topk_ids->shape[0];
+  WD_TRY(check_top_k(c->topk_ids->shape[1]));
+  s->top_k = (int32_t)c->topk_ids->shape[1];
+  const int64_t by_token[2] = {s->tokens, s->hidden}, by_route[2] = {s->tokens, s->top_k};
+  const int64_t parts[4] = {s->tokens, s->top_k, wd_intermediate_parts(s->dtype), s->intermediate};
+  const struct {
+    const DLTensor *tensor;
+    const char *name, *letters;
+    int32_t ndim;
+    const int64_t *shape;
+  } floats[] = {{c->hidden_states, "hidden_states", "[T, H]", 2, by_token},
+                {c->intermediate, "intermediate", "[T, K, P, I]", 4, parts},
+                {c->output, "output", "[T, H]", 2, by_token}};
+  for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) {
+    if (floats[i].tensor == NULL) continue;
+    WD_TRY(wd_check_shape(floats[i].tensor, floats[i].name, floats[i].ndim, floats[i].shape, floats[i].letters));
+    WD_TRY(wd_check_same_dtype(floats[i].tensor, floats[i].name, s->dtype, "gate_up_proj"));
+    WD_TRY(wd_check_device(floats[i].tensor, floats[i].name, c->device, "gate_up_proj"));
+    WD_TRY(wd_check_data(floats[i].tensor, floats[i].name, 16));
+  }
+  if (c->topk_weights != NULL) {
+    WD_TRY(wd_check_shape(c->topk_weights, "topk_weights", 2, by_route, "[T, K]"));
+    WD_TRY(wd_check_float(c->topk_weights, "topk_weights", 1, &c->topk_weights_dtype));
+    WD_TRY(wd_check_device(c->topk_weights, "topk_weights", c->device, "gate_up_proj"));
+    WD_TRY(wd_check_data(c->topk_weights, "topk_weights", wd_dtype_size(c->topk_weights_dtype)));
+  }
+  return WD_OK;
+}
+
+/* What is written must not overlap what is read. */
+static wd_status check_overlaps(const call *c, const DLTensor *written, const char *name) {
+  WD_TRY(wd_check_disjoint(written, name, c->experts.gate_up_proj, "gate_up_proj"));
+  WD_TRY(wd_check_disjoint(written, name, c->experts.down_proj, "down_proj"));
+  WD_TRY(wd_check_disjoint(written, name, c->topk_ids, "topk_ids"));
+  if (c->hidden_states != NULL) WD_TRY(wd_check_disjoint(written, name, c->hidden_states, "hidden_states"));
+  if (c->topk_weights != NULL) WD_TRY(wd_check_disjoint(written, name, c->topk_weights, "topk_weights"));
+  if (c->intermediate != NULL && c->intermediate != written)
+    WD_TRY(wd_check_disjoint(written, name, c->intermediate, "intermediate"));
+  return WD_OK;
+}
+
+static wd_status check_run(call *c, void *workspace, size_t workspace_size, void *stream, const wd_options *options) {
+  const char *kernel = NULL;
+  if (options != NULL) {
+    WD_CHECK(options->struct_size == sizeof *options, WD_INVALID_ARGUMENT, "options: struct_size was %zu, expected %zu",
+             options->struct_size, sizeof *options);
+    c->threads = options->threads;
+    kernel = options->kernel;
+  }
+  WD_TRY(wd_choose_kernel(c->device.device_type, &c->shape, kernel, &c->kernel));
+  const size_t needed = workspace_bytes(&c->shape, c->device.device_type);
+  WD_CHECK(workspace_size >= needed, WD_INVALID_ARGUMENT,
+           "workspace: had %zu bytes, expected at least %zu (wd_moe_workspace_size)", workspace_size, needed);
+  WD_CHECK(workspace != NULL || needed == 0, WD_INVALID_ARGUMENT, "workspace: was NULL, expected %zu bytes", needed);
+  WD_CHECK((uintptr_t)workspace % 16 == 0, WD_INVALID_ARGUMENT,
+           "workspace: was %zu bytes past a multiple of 16, expected an address aligned to 16 bytes",
+           (size_t)((uintptr_t)workspace % 16));
+  c->workspace = workspace;
+  c->stream = stream;
+  return WD_OK;
+}
+
+/* Row `first` of a [T, ...] tensor. */
+static void *rows_from(const DLTensor *tensor, int64_t first) {
+  size_t row = tensor->dtype.bits / 8u;
+  for (int32_t i = 1; i < tensor->ndim; i++) row *= (size_t)tensor->shape[i];
+  return (char *)wd_tensor_data(tensor) + (size_t)first * row;
+}
+
+/* One pass: tokens [first, first + count). intermediate: the workspace, or the caller's tensor. */
+static wd_status run_pass(const call *c, int64_t first, int64_t count) {
+  wd_moe_shape shape = c->shape;
+  shape.tokens = count;
+  void *intermediate = c->intermediate != NULL ? rows_from(c->intermediate, first) : c->workspace;
+  void *scratch = c->workspace + c->intermediate_bytes;
+  const int on_cpu = c->device.device_type == kDLCPU;
+  if (c->hidden_states != NULL) {
+    const wd_gate_up_args args = {.shape = shape,
+                                  .activation = c->experts.activation,
+                                  .hidden_states = rows_from(c->hidden_states, first),
+                                  .topk_ids = rows_from(c->topk_ids, first),
+                                  .gate_up_proj = wd_tensor_data(c->experts.gate_up_proj),
+                                  .intermediate = intermediate,
+                                  .scratch = scratch};
+    if (on_cpu)
+      wd_gate_up_cpu(&args, c->kernel.isa, c->threads);
+    else
+      WD_TRY(wd_gate_up_cuda(&args, c->kernel.schedule, c->stream));
+  }
+  if (c->output != NULL) {
+    const wd_down_args args = {.shape = shape,
+                               .topk_weights_dtype = c->topk_weights_dtype,
+                               .intermediate = intermediate,
+                               .topk_ids = rows_from(c->topk_ids, first),
+                               .topk_weights = rows_from(c->topk_weights, first),
+                               .down_proj = wd_tensor_data(c->experts.down_proj),
+                               .output = rows_from(c->output, first),
+                               .scratch = scratch};
+    if (on_cpu)
+      wd_down_cpu(&args, c->kernel.isa, c->threads);
+    else
+      WD_TRY(wd_down_cuda(&args, c->kernel.schedule, c->hidden_states != NULL, c->stream));
+  }
+  return WD_OK;
+}
+
+static wd_status run_passes(const call *c) {
+  const int64_t pass = tokens_per_pass(c->shape.top_k);
+  for (int64_t first = 0; first < c->shape.tokens; first += pass) {
+    const int64_t left = c->shape.tokens - first;
+    WD_TRY(run_pass(c, first, left < pass ? left : pass));
+  }
+  return WD_OK;
+}
+
+static wd_status run(const call *c) {
+  if (c->shape.tokens == 0) return WD_OK;
+  if (c->device.device_type == kDLCPU) return run_passes(c);
+  int32_t previous = 0;
+  WD_TRY(wd_cuda_enter(c->device.device_id, &previous));
+  const wd_status status = run_passes(c);
+  const wd_status left = wd_cuda_leave(previous);
+  return status != WD_OK ? status : left;
+}
+
+wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_tokens, int64_t top_k, size_t *bytes) {
+  call c = {0};
+  WD_CHECK(bytes != NULL, WD_INVALID_ARGUMENT, "bytes: was NULL, expected a place for the size");
+  WD_TRY(check_experts(&c, experts));
+  WD_CHECK(num_tokens >= 0, WD_INVALID_ARGUMENT, "num_tokens: was %lld, expected 0 or more", (long long)num_tokens);
+  WD_TRY(check_top_k(top_k));
+  c.shape.tokens = num_tokens;
+  c.shape.top_k = (int32_t)top_k;
+  *bytes = workspace_bytes(&c.shape, c.device.device_type);
+  return WD_OK;
+}
+
+wd_status wd_moe_forward(const wd_moe_experts *experts, const DLTensor *hidden_states, const DLTensor *topk_ids,
+                         const DLTensor *topk_weights, const DLTensor *output, void *workspace, size_t workspace_size,
+                         void *stream, const wd_options *options) {
+  call c = {
+      .hidden_states = hidden_states, .topk_ids = topk_ids, .topk_weights = topk_weights, .output = output};
+  WD_CHECK(hidden_states != NULL, WD_INVALID_ARGUMENT, "hidden_states: was NULL, expected a tensor [T, H]");
+  WD_CHECK(topk_weights != NULL, WD_INVALID_ARGUMENT, "topk_weights: was NULL, expected a tensor [T, K]");
+  WD_CHECK(output != NULL, WD_INVALID_ARGUMENT, "output: was NULL, expected a tensor [T, H]");
+  WD_TRY(check_experts(&c, experts));
+  WD_TRY(check_tensors(&c));
+  WD_TRY(check_overlaps(&c, output, "output"));
+  WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
+  c.intermediate_bytes = pass_intermediate_bytes(&c.shape);
+  return run(&c);
+}
+
+wd_status wd_moe_gate_up_3d_batched(const wd_moe_experts *experts, const DLTensor *hidden_states,
+                                    const DLTensor *topk_ids, const DLTensor *intermediate, void *workspace,
+                                    size_t workspace_size, void *stream, const wd_options *options) {
+  call c = {.hidden_states = hidden_states, .topk_ids = topk_ids, .intermediate = intermediate};
+  WD_CHECK(hidden_states != NULL, WD_INVALID_ARGUMENT, "hidden_states: was NULL, expected a tensor [T, H]");
+  WD_CHECK(intermediate != NULL, WD_INVALID_ARGUMENT, "intermediate: was NULL, expected a tensor [T, K, P, I]");
+  WD_TRY(check_experts(&c, experts));
+  WD_TRY(check_tensors(&c));
+  WD_TRY(check_overlaps(&c, intermediate, "intermediate"));
+  WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
+  return run(&c);
+}
+
+wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLTensor *intermediate, const DLTensor *topk_ids,
+                                 const DLTensor *topk_weights, const DLTensor *output, void *workspace,
+                                 size_t workspace_size, void *stream, const wd_options *options) {
+  call c = {.topk_ids = topk_ids, .topk_weights = topk_weights, .intermediate = intermediate, .output = output};
+  WD_CHECK(intermediate != NULL, WD_INVALID_ARGUMENT, "intermediate: was NULL, expected a tensor [T, K, P, I]");
+  WD_CHECK(topk_weights != NULL, WD_INVALID_ARGUMENT, "topk_weights: was NULL, expected a tensor [T, K]");
+  WD_CHECK(output != NULL, WD_INVALID_ARGUMENT, "output: was NULL, expected a tensor [T, H]");
+  WD_TRY(check_experts(&c, experts));
+  WD_TRY(check_tensors(&c));
+  WD_TRY(check_overlaps(&c, output, "output"));
+  WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
+  return run(&c);
+}
