@@ -1,0 +1,59 @@
+"""How each framework's arrays reach the C library, and how outputs are made in the caller's framework.
+
+An adapter is a module with these functions:
+
+    bind(slot, array, writable)   describe the array in the slot
+    bind_output(slot, output)     describe an output that `empty` made
+    empty(shape, like)            a fresh output with the dtype and device of `like`
+    workspace(size, like)         (address, owner) of `size` bytes on the device of `like`, aligned to 16 bytes
+    stream(like)                  the caller's current stream on the device of `like`, as an integer
+    finish(output)                what the caller gets for an array that `empty` made
+    guard(**arrays)               refuse arrays for which a gradient would have to be recorded
+    moved(slot, array)            whether a weight is no longer what its slot describes
+    hold(array)                   what keeps a weight's memory alive
+
+Adapters are chosen by the exact type of an array and loaded when the first one arrives, so that no framework is ever
+imported that the caller does not use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_MODULES = {
+    ("numpy", "ndarray"): "_numpy",
+    ("torch", "Tensor"): "_torch",
+    ("torch.nn.parameter", "Parameter"): "_torch",
+    ("torch.nn.parameter", "Buffer"): "_torch",
+}
+_adapters: dict[type, object] = {}
+
+
+def adapter_of(array, name: str):
+    """The adapter module for an array; ValueError, naming the argument, where there is none."""
+    kind = type(array)
+    adapter = _adapters.get(kind)
+    return adapter if adapter is not None else _find(kind, name)
+
+
+def _find(kind: type, name: str):
+    module = _MODULES.get((kind.__module__, kind.__qualname__))
+    if module is None:
+        if any(base.__module__ == "torch" and base.__qualname__ == "Tensor" for base in kind.__mro__[1:]):
+            raise ValueError(
+                f"{name}: was a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor that may compute its "
+                "elements; expected a plain torch.Tensor (DTensor: pass to_local(), quantised tensors: dequantise)"
+            )
+        root = kind.__module__.partition(".")[0]
+        if root in ("jax", "jaxlib"):
+            module = "_jax"
+        elif hasattr(kind, "__dlpack__"):
+            module = "_array_api"
+        else:
+            raise ValueError(
+                f"{name}: was a {kind.__module__}.{kind.__qualname__}, expected an array that speaks DLPack "
+                "(torch, NumPy, JAX, CuPy, ...)"
+            )
+    adapter = importlib.import_module(f"warpdecode.frameworks.{module}")
+    _adapters[kind] = adapter
+    return adapter

@@ -1,0 +1,100 @@
+"""JAX arrays. They are immutable, so the caller cannot pass one as `out`; the output is a fresh one.
+
+On the CPU the output is a NumPy array handed to JAX at the end. On CUDA it is a fresh JAX buffer that nobody else has seen.
+JAX shows no current stream; it names, per device, the stream that it waits for when an array comes in from outside
+(`get_stream_for_external_ready_events`). Inputs are exported to that stream, the kernels run on it, and the output is
+imported again behind them. `finish` then waits for the output, because JAX's allocator knows nothing of that stream and
+would hand the workspace to the next computation while the kernels still use it.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from warpdecode._ffi import lib
+from warpdecode.frameworks import _capsule, _numpy
+from warpdecode.slots import Slot
+
+
+def _on_cuda(array):
+    return next(iter(array.devices())).platform == "gpu"
+
+
+def bind(slot, array, writable=False):
+    """Borrow the array's DLTensor."""
+    if isinstance(array, jax.core.Tracer):
+        raise ValueError(f"{slot.name}: was a tracer; these kernels cannot run under jax.jit, call them outside")
+    if writable:
+        raise ValueError(f"{slot.name}: was a jax.Array, which is immutable; leave `out` away to get a fresh array")
+    if _on_cuda(array):
+        _capsule.bind(slot, array, False, stream(array) or 1)
+    else:
+        array.block_until_ready()  # dispatch is asynchronous on the CPU too, and has no stream to wait on
+        _capsule.bind(slot, array, False, None)
+
+
+def guard(**arrays):
+    """These arrays carry no gradients."""
+
+
+def moved(slot, array):
+    """An array of this framework stays where it is."""
+    return False
+
+
+def hold(array):
+    """What keeps the described memory alive."""
+    return array
+
+
+def empty(shape, like):
+    """NumPy memory on the CPU, a fresh JAX buffer on CUDA."""
+    if not _on_cuda(like):
+        return np.empty(shape, dtype=like.dtype)
+    return _Fresh(jax.numpy.empty(shape, dtype=like.dtype, device=like.sharding))
+
+
+class _Fresh:
+    """A JAX buffer on CUDA that only this call has, so it may be written."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return _capsule.export(self.array, keywords.get("stream"))
+
+    def __dlpack_device__(self):
+        return (int(lib.kDLCUDA), next(iter(self.array.devices())).local_hardware_id)
+
+
+def bind_output(slot, output):
+    """Describe an output that `empty` made."""
+    if isinstance(output, _Fresh):
+        _capsule.bind(slot, output, False, stream(output.array) or 1)
+    else:
+        _numpy.bind(slot, output, True)
+
+
+def workspace(size, like):
+    """Device memory from JAX's allocator; `finish` waits before the call lets go of it."""
+    if not _on_cuda(like):
+        return _numpy.workspace(size, like)
+    owner = jax.numpy.empty((size,), dtype=jax.numpy.uint8, device=like.sharding)
+    slot = Slot("workspace")
+    _capsule.bind(slot, owner, False, stream(like) or 1)
+    return slot.address, (owner, slot)
+
+
+def stream(like):
+    """The stream that JAX waits for when an array comes in from outside."""
+    if not _on_cuda(like):
+        return 0
+    return next(iter(like.devices())).get_stream_for_external_ready_events()
+
+
+def finish(output):
+    """The output as a jax.Array."""
+    if isinstance(output, _Fresh):
+        return jax.dlpack.from_dlpack(output).block_until_ready()
+    return jax.numpy.asarray(output)
