@@ -1,13 +1,49 @@
-/* cpu_table.c - the table of CPU instruction sets, best row first. */
+/* cpu_table.c - the table of CPU instruction sets, best row first, and whether this machine has them.
+ *
+ * The questions are asked here, in a file compiled for any machine of the architecture, because the files isa_*.c may
+ * contain instructions that this machine lacks. */
 #include "isa.h"
 
-static const wd_cpu_isa *const table[] = {
-    &wd_isa_generic,
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+typedef struct {
+  const wd_cpu_isa *isa;
+  int (*usable)(void);
+} isa_row;
+
+static int always(void) {
+  return 1;
+}
+
+#if defined(__x86_64__)
+static int has_avx2(void) {
+  unsigned eax, ebx, ecx, edx; /* clang knows no name for F16C */
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+         (ecx & bit_F16C);
+}
+
+static int has_avx512(void) {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+static const isa_row table[] = {
+#if defined(__x86_64__)
+    {&wd_isa_avx512, has_avx512},
+    {&wd_isa_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {&wd_isa_neon, always},
+#endif
+    {&wd_isa_generic, always},
 };
 
+static const int32_t rows = (int32_t)(sizeof table / sizeof table[0]);
+
 const wd_cpu_isa *wd_cpu_isa_at(int32_t index) {
-  const int32_t count = (int32_t)(sizeof table / sizeof table[0]);
-  return index >= 0 && index < count ? table[index] : NULL;
+  return index >= 0 && index < rows ? table[index].isa : NULL;
 }
 
 const char *wd_cpu_isa_name(const wd_cpu_isa *isa) {
@@ -19,5 +55,7 @@ const char *wd_cpu_isa_description(const wd_cpu_isa *isa) {
 }
 
 int wd_cpu_isa_usable(const wd_cpu_isa *isa) {
-  return isa->usable();
+  for (int32_t i = 0; i < rows; i++)
+    if (table[i].isa == isa) return table[i].usable();
+  return 0;
 }

@@ -28,6 +28,9 @@ size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape);
 wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, void *stream);
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream);
 
+/* Reads `bytes` (a multiple of 16) and stores nothing that matters to sink (16 bytes). */
+wd_status wd_read_cuda(const void *memory, size_t bytes, void *sink, void *stream);
+
 /* For wd_get_build_info. */
 int32_t wd_cuda_runtime_version(void);
 const char *wd_cuda_architectures(void);

@@ -38,6 +38,14 @@ wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int 
   return absent();
 }
 
+wd_status wd_read_cuda(const void *memory, size_t bytes, void *sink, void *stream) {
+  (void)memory;
+  (void)bytes;
+  (void)sink;
+  (void)stream;
+  return absent();
+}
+
 wd_status wd_cuda_device_count(int32_t *count) {
   WD_CHECK(count != NULL, WD_INVALID_ARGUMENT, "count: was NULL, expected a place for the number of devices");
   *count = 0;

@@ -33,17 +33,22 @@ static void widen_task(void *context, int32_t worker, int32_t workers) {
   }
 }
 
-/* v[route, h .. h + rows) for all routes. */
-static void project(const down_call *call, int64_t h, int64_t rows) {
+static const char *rows_of(const down_call *call, int32_t active, int64_t h) {
   const wd_moe_shape *const shape = &call->args->shape;
+  const int64_t row = call->plan->expert[active] * (int64_t)shape->hidden + h;
+  return (const char *)call->args->down_proj + row * shape->intermediate * (int64_t)wd_dtype_size(shape->dtype);
+}
+
+/* v[route, h .. h + rows) for all routes; next_h is the tile that this worker will take after this one. */
+static void project(const down_call *call, int64_t h, int64_t rows, int64_t next_h) {
   const wd_cpu_plan *const plan = call->plan;
-  const int64_t I = shape->intermediate, H = shape->hidden;
-  const int64_t size = (int64_t)wd_dtype_size(shape->dtype);
+  const int64_t I = call->args->shape.intermediate, H = call->args->shape.hidden;
   for (int32_t active = 0; active < plan->experts; active++) {
-    const char *const weights = (const char *)call->args->down_proj + (plan->expert[active] * H + h) * I * size;
-    for (int32_t begin = plan->begin[active]; begin < plan->begin[active + 1]; begin += WD_MAX_VECTORS) {
-      const int32_t left = plan->begin[active + 1] - begin;
-      const int32_t count = left < WD_MAX_VECTORS ? left : WD_MAX_VECTORS;
+    const char *const weights = rows_of(call, active, h);
+    const char *const next = active + 1 < plan->experts ? rows_of(call, active + 1, h) : rows_of(call, 0, next_h);
+    const int32_t end = plan->begin[active + 1];
+    for (int32_t begin = plan->begin[active]; begin < end; begin += WD_MAX_VECTORS) {
+      const int32_t count = end - begin < WD_MAX_VECTORS ? end - begin : WD_MAX_VECTORS;
       const float *vectors[WD_MAX_VECTORS];
       float *sums[WD_MAX_VECTORS];
       for (int32_t v = 0; v < count; v++) {
@@ -51,7 +56,7 @@ static void project(const down_call *call, int64_t h, int64_t rows) {
         vectors[v] = plan->vectors + route * wd_lane_count(I);
         sums[v] = plan->sums + route * H + h;
       }
-      call->loops->dots(weights, rows, I, vectors, count, sums);
+      call->loops->dots(weights, next, rows, I, vectors, count, sums);
     }
   }
 }
@@ -83,14 +88,16 @@ static void combine(const down_call *call, int64_t h, int64_t rows) {
 static void down_task(void *context, int32_t worker, int32_t workers) {
   down_call *const call = context;
   (void)worker;
-  const int64_t rows = call->args->shape.hidden;
-  const int64_t tile = wd_cpu_tile(rows, 1, workers);
-  for (;;) {
-    const int64_t h = tile * atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
-    if (h >= rows) return;
-    const int64_t tile_rows = rows - h < tile ? rows - h : tile;
-    project(call, h, tile_rows);
-    combine(call, h, tile_rows);
+  const int64_t H = call->args->shape.hidden;
+  const int64_t tile = wd_cpu_tile(H, 1, workers);
+  int64_t h = tile * atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
+  while (h < H) {
+    /* Taken early so that its weights can be prefetched. */
+    const int64_t next_h = tile * atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
+    const int64_t rows = H - h < tile ? H - h : tile;
+    project(call, h, rows, next_h < H ? next_h : h);
+    combine(call, h, rows);
+    h = next_h;
   }
 }
 

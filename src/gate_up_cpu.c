@@ -26,19 +26,30 @@ static void widen_task(void *context, int32_t worker, int32_t workers) {
                        call->plan->vectors + token * wd_lane_count(shape->hidden));
 }
 
-/* Neurons [i, i + rows) of expert number `active` of the plan, for all its routes. */
-static void compute_item(const gate_up_call *call, int32_t active, int64_t i, int64_t rows) {
+/* A work item: neurons [i, i + rows) of expert number `active` of the plan, for all its routes. */
+typedef struct {
+  int32_t active;
+  int64_t i, rows;
+} gate_up_item;
+
+static const char *gate_rows_of(const gate_up_call *call, gate_up_item item) {
+  const wd_moe_shape *const shape = &call->args->shape;
+  const int64_t row = call->plan->expert[item.active] * 2 * (int64_t)shape->intermediate + item.i;
+  return (const char *)call->args->gate_up_proj + row * shape->hidden * (int64_t)wd_dtype_size(shape->dtype);
+}
+
+static void compute_item(const gate_up_call *call, gate_up_item item, const char *next) {
   const wd_moe_shape *const shape = &call->args->shape;
   const wd_cpu_plan *const plan = call->plan;
   const int64_t I = shape->intermediate, H = shape->hidden;
   const int64_t size = (int64_t)wd_dtype_size(shape->dtype);
   const int parts = wd_intermediate_parts(shape->dtype);
-  const char *const gate_rows = (const char *)call->args->gate_up_proj + (plan->expert[active] * 2 * I + i) * H * size;
+  const char *const gate_rows = gate_rows_of(call, item);
   const char *const up_rows = gate_rows + I * H * size;
+  const int32_t end = plan->begin[item.active + 1];
 
-  for (int32_t begin = plan->begin[active]; begin < plan->begin[active + 1]; begin += WD_MAX_VECTORS) {
-    const int32_t left = plan->begin[active + 1] - begin;
-    const int32_t count = left < WD_MAX_VECTORS ? left : WD_MAX_VECTORS;
+  for (int32_t begin = plan->begin[item.active]; begin < end; begin += WD_MAX_VECTORS) {
+    const int32_t count = end - begin < WD_MAX_VECTORS ? end - begin : WD_MAX_VECTORS;
     float gate[WD_MAX_VECTORS][WD_MAX_TILE], up[WD_MAX_VECTORS][WD_MAX_TILE];
     const float *vectors[WD_MAX_VECTORS];
     float *gate_sums[WD_MAX_VECTORS], *up_sums[WD_MAX_VECTORS];
@@ -47,27 +58,35 @@ static void compute_item(const gate_up_call *call, int32_t active, int64_t i, in
       gate_sums[v] = gate[v];
       up_sums[v] = up[v];
     }
-    call->loops->dots(gate_rows, rows, H, vectors, count, gate_sums);
-    call->loops->dots(up_rows, rows, H, vectors, count, up_sums);
+    call->loops->dots(gate_rows, up_rows, item.rows, H, vectors, count, gate_sums);
+    call->loops->dots(up_rows, next, item.rows, H, vectors, count, up_sums);
     for (int32_t v = 0; v < count; v++) {
-      char *const part0 = (char *)call->args->intermediate + (plan->route[begin + v] * parts * I + i) * size;
+      char *const part0 = (char *)call->args->intermediate + (plan->route[begin + v] * parts * I + item.i) * size;
       char *const part1 = parts == 2 ? part0 + I * size : NULL;
-      call->loops->glu(gate[v], up[v], rows, call->args->activation, part0, part1);
+      call->loops->glu(gate[v], up[v], item.rows, call->args->activation, part0, part1);
     }
   }
+}
+
+/* Takes the next item from the counter; rows is 0 when there is none. */
+static gate_up_item take_item(gate_up_call *call, int32_t workers) {
+  const int64_t I = call->args->shape.intermediate;
+  const int64_t tile = wd_cpu_tile(I, call->plan->experts, workers);
+  const int64_t tiles = (I + tile - 1) / tile;
+  const int64_t index = atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
+  if (index >= tiles * call->plan->experts) return (gate_up_item){0};
+  const int64_t i = index % tiles * tile;
+  return (gate_up_item){.active = (int32_t)(index / tiles), .i = i, .rows = I - i < tile ? I - i : tile};
 }
 
 static void gate_up_task(void *context, int32_t worker, int32_t workers) {
   gate_up_call *const call = context;
   (void)worker;
-  const int64_t rows = call->args->shape.intermediate;
-  const int64_t tile = wd_cpu_tile(rows, call->plan->experts, workers);
-  const int64_t tiles = (rows + tile - 1) / tile;
-  for (;;) {
-    const int64_t item = atomic_fetch_add_explicit(&call->next_item, 1, memory_order_relaxed);
-    if (item >= tiles * call->plan->experts) return;
-    const int64_t i = item % tiles * tile;
-    compute_item(call, (int32_t)(item / tiles), i, rows - i < tile ? rows - i : tile);
+  gate_up_item item = take_item(call, workers);
+  while (item.rows > 0) {
+    const gate_up_item next = take_item(call, workers); /* taken early so that its weights can be prefetched */
+    compute_item(call, item, gate_rows_of(call, next.rows > 0 ? next : item));
+    item = next;
   }
 }
 

@@ -32,9 +32,10 @@ static inline int64_t wd_lane_count(int64_t n) {
 /* vector[0 .. wd_lane_count(n)) = part0[j] + part1[j] * 2^-S (args.h) in lane order; part1 NULL: part0 alone. */
 typedef void wd_widen_fn(const void *part0, const void *part1, int64_t n, float *vector);
 
-/* sums[v][r] = weights[r, :] . vectors[v], r < rows (a multiple of WD_ROW_STEP), v < count <= WD_MAX_VECTORS. */
-typedef void wd_dots_fn(const void *weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
-                        float *const *sums);
+/* sums[v][r] = weights[r, :] . vectors[v], r < rows (a multiple of WD_ROW_STEP), v < count <= WD_MAX_VECTORS. `next` is
+ * where weights will be read after these, a hint that is never dereferenced. */
+typedef void wd_dots_fn(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
+                        int32_t count, float *const *sums);
 
 /* part0[j] + part1[j] * 2^-S = activation(gate[j]) * up[j], rounded as warpdecode.h says; part1 is NULL for float32. */
 typedef void wd_glu_fn(const float *gate, const float *up, int64_t n, int32_t activation, void *part0, void *part1);
@@ -56,7 +57,6 @@ typedef struct {
 struct wd_cpu_isa {
   const char *name;
   const char *description;
-  int (*usable)(void);
   wd_add_scaled_fn *add_scaled;
   wd_isa_loops loops[3]; /* by wd_dtype */
 };

@@ -48,29 +48,27 @@ static inline void dots(load_group_fn *load_group, size_t weight_bytes, const vo
   }
 }
 
-static void dots_f32(const void *weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
-                     float *const *sums) {
+static void dots_f32(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
+                     int32_t count, float *const *sums) {
+  (void)next;
   dots(load_group_f32, sizeof(float), weights, rows, n, vectors, count, sums);
 }
 
-static void dots_f16(const void *weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
-                     float *const *sums) {
+static void dots_f16(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
+                     int32_t count, float *const *sums) {
+  (void)next;
   dots(load_group_f16, sizeof(uint16_t), weights, rows, n, vectors, count, sums);
 }
 
-static void dots_bf16(const void *weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
-                      float *const *sums) {
+static void dots_bf16(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
+                      int32_t count, float *const *sums) {
+  (void)next;
   dots(load_group_bf16, sizeof(uint16_t), weights, rows, n, vectors, count, sums);
-}
-
-static int usable(void) {
-  return 1;
 }
 
 const struct wd_cpu_isa wd_isa_generic = {
     .name = "cpu_generic",
     .description = "plain C, any CPU",
-    .usable = usable,
     .add_scaled = loops_add_scaled,
     .loops = WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16),
 };

@@ -6,13 +6,14 @@
 #include <stdio.h>
 #include <string.h>
 
-/* "[3, 64]" into text; too many axes end in "...". */
-static const char *list_text(char text[static 96], const int64_t *values, int32_t count) {
+/* "[3, 64]" into text; too many axes end in "...". With free_axes, WD_ANY is one; without, a number like any other. */
+static const char *list_text(char text[static 96], const int64_t *values, int32_t count, bool free_axes) {
   size_t used = (size_t)snprintf(text, 96, "[");
   for (int32_t i = 0; i < count; i++) {
     char item[32];
-    const int length = values[i] == WD_ANY ? snprintf(item, sizeof item, "%sany", i ? ", " : "")
-                                           : snprintf(item, sizeof item, "%s%" PRId64, i ? ", " : "", values[i]);
+    const int length = free_axes && values[i] == WD_ANY
+                           ? snprintf(item, sizeof item, "%sany", i ? ", " : "")
+                           : snprintf(item, sizeof item, "%s%" PRId64, i ? ", " : "", values[i]);
     if (used + (size_t)length + 6 > 96) {
       memcpy(text + used, "...", 4);
       used += 3;
@@ -55,17 +56,19 @@ wd_status wd_check_shape(const DLTensor *tensor, const char *name, int32_t ndim,
   WD_CHECK(tensor->shape != NULL, WD_INVALID_ARGUMENT, "%s: shape was NULL, expected %s", name, letters);
   for (int32_t i = 0; i < ndim; i++)
     WD_CHECK(tensor->shape[i] >= 0 && (shape[i] == WD_ANY || tensor->shape[i] == shape[i]), WD_INVALID_ARGUMENT,
-             "%s: shape was %s, expected %s = %s", name, list_text(was, tensor->shape, ndim), letters,
-             list_text(expected, shape, ndim));
+             "%s: shape was %s, expected %s = %s", name, list_text(was, tensor->shape, ndim, false), letters,
+             list_text(expected, shape, ndim, true));
   if (tensor->strides == NULL) return WD_OK;
+  for (int32_t i = 0; i < ndim; i++)
+    if (tensor->shape[i] == 0) return WD_OK; /* no elements, no strides to follow */
   int64_t compact = 1;
   for (int32_t i = ndim - 1; i >= 0; i--) {
-    if (tensor->shape[i] == 0) return WD_OK; /* no elements, no strides to follow */
     if (tensor->shape[i] != 1 && tensor->strides[i] != compact)
       return wd_fail(WD_INVALID_ARGUMENT,
-                     "%s: strides were %s, expected compact row-major ones for shape %s; pass a contiguous tensor", name,
-                     list_text(was, tensor->strides, ndim), list_text(expected, tensor->shape, ndim));
-    compact *= tensor->shape[i];
+                     "%s: strides were %s, expected compact row-major ones for shape %s; pass a contiguous tensor",
+                     name, list_text(was, tensor->strides, ndim, false),
+                     list_text(expected, tensor->shape, ndim, false));
+    if (__builtin_mul_overflow(compact, tensor->shape[i], &compact)) return WD_OK; /* wd_check_data refuses it */
   }
   return WD_OK;
 }
@@ -111,17 +114,25 @@ wd_status wd_check_ids(const DLTensor *tensor, const char *name, int32_t *bytes)
 
 size_t wd_tensor_bytes(const DLTensor *tensor) {
   size_t bytes = tensor->dtype.bits / 8u;
-  for (int32_t i = 0; i < tensor->ndim; i++) bytes *= (size_t)tensor->shape[i];
+  for (int32_t i = 0; i < tensor->ndim; i++) {
+    if (tensor->shape[i] == 0) return 0;
+    if (__builtin_mul_overflow(bytes, (size_t)tensor->shape[i], &bytes)) bytes = SIZE_MAX;
+  }
   return bytes;
 }
 
 wd_status wd_check_data(const DLTensor *tensor, const char *name, size_t alignment) {
-  if (wd_tensor_bytes(tensor) == 0) return WD_OK;
+  char was[96];
+  const size_t bytes = wd_tensor_bytes(tensor);
+  if (bytes == 0) return WD_OK;
+  WD_CHECK(bytes <= PTRDIFF_MAX, WD_INVALID_ARGUMENT, "%s: shape was %s, expected at most %zu bytes", name,
+           list_text(was, tensor->shape, tensor->ndim, false), (size_t)PTRDIFF_MAX);
   WD_CHECK(tensor->data != NULL, WD_INVALID_ARGUMENT, "%s: data was NULL, expected the tensor's elements", name);
   const size_t rest = (size_t)((uintptr_t)wd_tensor_data(tensor) % alignment);
-  WD_CHECK(rest == 0, WD_INVALID_ARGUMENT,
-           "%s: data (byte_offset included) was %zu bytes past a multiple of %zu, expected an address aligned to %zu bytes",
-           name, rest, alignment, alignment);
+  WD_CHECK(
+      rest == 0, WD_INVALID_ARGUMENT,
+      "%s: data (byte_offset included) was %zu bytes past a multiple of %zu, expected an address aligned to %zu bytes",
+      name, rest, alignment, alignment);
   return WD_OK;
 }
 
@@ -141,7 +152,7 @@ wd_status wd_check_disjoint(const DLTensor *output, const char *output_name, con
   const size_t output_bytes = wd_tensor_bytes(output), input_bytes = wd_tensor_bytes(input);
   if (output_bytes == 0 || input_bytes == 0) return WD_OK;
   const uintptr_t a = (uintptr_t)wd_tensor_data(output), b = (uintptr_t)wd_tensor_data(input);
-  WD_CHECK(a + output_bytes <= b || b + input_bytes <= a, WD_INVALID_ARGUMENT,
+  WD_CHECK(a < b ? b - a >= output_bytes : a - b >= input_bytes, WD_INVALID_ARGUMENT,
            "%s: overlaps %s in memory, expected memory of its own", output_name, input_name);
   return WD_OK;
 }

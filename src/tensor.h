@@ -26,7 +26,7 @@ wd_status wd_check_same_dtype(const DLTensor *tensor, const char *name, wd_dtype
 /* int32 or int64; *bytes becomes 4 or 8. */
 wd_status wd_check_ids(const DLTensor *tensor, const char *name, int32_t *bytes);
 
-/* Data present (unless the tensor has no elements) and aligned to `alignment` bytes. */
+/* No more elements than memory can hold; data present (unless there are none) and aligned to `alignment` bytes. */
 wd_status wd_check_data(const DLTensor *tensor, const char *name, size_t alignment);
 
 /* On the same device as `other`; CPU memory and pinned CPU memory count as one device. */
@@ -36,7 +36,7 @@ wd_status wd_check_device(const DLTensor *tensor, const char *name, DLDevice dev
 wd_status wd_check_disjoint(const DLTensor *output, const char *output_name, const DLTensor *input,
                             const char *input_name);
 
-/* Bytes of the tensor's elements. */
+/* Bytes of the tensor's elements; SIZE_MAX where they are no size_t. */
 size_t wd_tensor_bytes(const DLTensor *tensor);
 
 #endif /* WD_TENSOR_H */

@@ -145,11 +145,16 @@ static wd_status check_overlaps(const call *c, const DLTensor *written, const ch
   return WD_OK;
 }
 
+static wd_status check_options(const wd_options *options) {
+  WD_CHECK(options == NULL || options->struct_size == sizeof *options, WD_INVALID_ARGUMENT,
+           "options: struct_size was %zu, expected %zu", options->struct_size, sizeof *options);
+  return WD_OK;
+}
+
 static wd_status check_run(call *c, void *workspace, size_t workspace_size, void *stream, const wd_options *options) {
   const char *kernel = NULL;
+  WD_TRY(check_options(options));
   if (options != NULL) {
-    WD_CHECK(options->struct_size == sizeof *options, WD_INVALID_ARGUMENT, "options: struct_size was %zu, expected %zu",
-             options->struct_size, sizeof *options);
     c->threads = options->threads;
     kernel = options->kernel;
   }
@@ -282,4 +287,30 @@ wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLTensor *
   WD_TRY(check_overlaps(&c, output, "output"));
   WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
   return run(&c);
+}
+
+wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options) {
+  WD_CHECK(memory != NULL && memory->ndim >= 0 && memory->ndim <= 8, WD_INVALID_ARGUMENT,
+           "memory: expected a compact tensor of at most 8 axes");
+  const int64_t any[8] = {WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY};
+  WD_TRY(wd_check_shape(memory, "memory", memory->ndim, any, "[...]"));
+  WD_TRY(wd_check_data(memory, "memory", 16));
+  WD_TRY(check_options(options));
+  const size_t bytes = wd_tensor_bytes(memory);
+  WD_CHECK(bytes % 16 == 0, WD_INVALID_ARGUMENT, "memory: had %zu bytes, expected a multiple of 16", bytes);
+  WD_CHECK(sink != NULL && (uintptr_t)sink % 16 == 0, WD_INVALID_ARGUMENT,
+           "sink: expected 16 bytes, aligned to 16, on the device of memory");
+  if (bytes == 0) return WD_OK;
+  if (memory->device.device_type == kDLCPU || memory->device.device_type == kDLCUDAHost) {
+    wd_read_cpu(wd_tensor_data(memory), bytes, sink, options != NULL ? options->threads : NULL);
+    return WD_OK;
+  }
+  WD_CHECK(memory->device.device_type == kDLCUDA, WD_UNSUPPORTED,
+           "memory: DLPack device type was %d, expected %d (CPU) or %d (CUDA)", (int)memory->device.device_type,
+           (int)kDLCPU, (int)kDLCUDA);
+  int32_t previous = 0;
+  WD_TRY(wd_cuda_enter(memory->device.device_id, &previous));
+  const wd_status status = wd_read_cuda(wd_tensor_data(memory), bytes, sink, stream);
+  const wd_status left = wd_cuda_leave(previous);
+  return status != WD_OK ? status : left;
 }

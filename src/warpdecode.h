@@ -133,6 +133,10 @@ WD_API wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLT
                                         void *workspace, size_t workspace_size, void *stream,
                                         const wd_options *options);
 
+/* Reads every byte of `memory` once and computes nothing: the ceiling that benchmarks compare with. memory: compact, data
+ * and number of bytes multiples of 16. sink: 16 bytes on the same device, aligned to 16; written or not, contents do not matter. */
+WD_API wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options);
+
 /* Starts a pool in which `count` threads share a call's work, the calling thread included (count - 1 are created).
  * count >= 1. The caller owns *threads and ends it with wd_threads_destroy, when no call uses it; NULL is allowed there. */
 WD_API wd_status wd_threads_create(int32_t count, wd_threads **threads);

@@ -12,17 +12,22 @@ ACTIVATIONS = {"silu": lib.WD_ACTIVATION_SILU, "gelu_tanh": lib.WD_ACTIVATION_GE
 _forward = lib.wd_moe_forward
 _workspace_size = lib.wd_moe_workspace_size
 
+# A CPU call has ended when it returns, so its workspace can serve the next one; up to this size a frame keeps it. On CUDA
+# the framework's allocator makes one for each call: it knows streams and graph capture.
+_KEPT_WORKSPACE_BYTES = 1 << 20
+
 
 class _Frame:
     """What one running call needs of its own. Frames are taken and given back, so that threads can share an Experts."""
 
-    __slots__ = ("call_key", "hidden", "ids", "options", "output", "size", "weights", "workspace_bytes")
+    __slots__ = ("call_key", "hidden", "ids", "options", "output", "size", "weights", "workspace", "workspace_bytes")
 
     def __init__(self):
         self.hidden, self.ids = Slot("hidden_states"), Slot("topk_ids")
         self.weights, self.output = Slot("topk_weights"), Slot("out")
         self.size = ffi.new("size_t *")
         self.workspace_bytes, self.call_key = 0, None
+        self.workspace = None  # (address, owner), kept for the next call of this shape
         self.options = new_struct("wd_options")
 
 
@@ -84,7 +89,7 @@ class Experts:
         key = (shape[0], shape[1]) if frame.ids.tensor.ndim == 2 else (0, 1)
         if key != frame.call_key:
             check(_workspace_size(described.struct, *key, frame.size))
-            frame.call_key, frame.workspace_bytes = key, frame.size[0]
+            frame.call_key, frame.workspace_bytes, frame.workspace = key, frame.size[0], None
         return frame.workspace_bytes
 
     def __call__(self, hidden_states, topk_ids, topk_weights, *, out=None):
@@ -111,21 +116,23 @@ class Experts:
         weights_adapter.bind(frame.weights, topk_weights)
         made = None
         if out is None:
-            made = adapter.empty(hidden_states.shape, hidden_states)
+            made = adapter.empty_like(hidden_states)
             adapter.bind_output(frame.output, made)
         else:
             adapter_of(out, "out").bind(frame.output, out, True)
         size = self._workspace_bytes(frame, described)
-        address, owner = adapter.workspace(size, hidden_states)
+        workspace = frame.workspace or adapter.workspace(size, hidden_states)
         if described.on_cpu:
             frame.options.threads = threads.pool()
+            if size <= _KEPT_WORKSPACE_BYTES:
+                frame.workspace = workspace
         status = _forward(
             described.struct,
             frame.hidden.tensor,
             frame.ids.tensor,
             frame.weights.tensor,
             frame.output.tensor,
-            ffi.cast("void *", address),
+            ffi.cast("void *", workspace[0]),
             size,
             ffi.cast("void *", adapter.stream(hidden_states)),
             frame.options,
@@ -133,9 +140,7 @@ class Experts:
         if status != OK:
             check(status)
         self._frames.append(frame)
-        result = out if made is None else adapter.finish(made)
-        del owner  # alive until here
-        return result
+        return out if made is None else adapter.finish(made)
 
 
 class _Description:

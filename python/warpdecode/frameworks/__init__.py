@@ -5,6 +5,7 @@ An adapter is a module with these functions:
     bind(slot, array, writable)   describe the array in the slot
     bind_output(slot, output)     describe an output that `empty` made
     empty(shape, like)            a fresh output with the dtype and device of `like`
+    empty_like(like)              the same with the shape of `like`
     workspace(size, like)         (address, owner) of `size` bytes on the device of `like`, aligned to 16 bytes
     stream(like)                  the caller's current stream on the device of `like`, as an integer
     finish(output)                what the caller gets for an array that `empty` made

@@ -68,6 +68,11 @@ class _Fresh:
         return (int(lib.kDLCUDA), next(iter(self.array.devices())).local_hardware_id)
 
 
+def empty_like(like):
+    """A fresh, uninitialised array of the same shape."""
+    return empty(like.shape, like)
+
+
 def bind_output(slot, output):
     """Describe an output that `empty` made."""
     if isinstance(output, _Fresh):

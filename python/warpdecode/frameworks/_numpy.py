@@ -41,6 +41,11 @@ def empty(shape, like):
     return np.empty(shape, dtype=like.dtype)
 
 
+def empty_like(like):
+    """A fresh, uninitialised array of the same shape."""
+    return empty(like.shape, like)
+
+
 def bind_output(slot, output):
     """Describe an output that `empty` made."""
     bind(slot, output, writable=True)

@@ -54,6 +54,9 @@ def hold(array):
     return array.detach()
 
 
+empty_like = torch.empty_like  # several times faster than torch.empty with a shape, a dtype and a device
+
+
 def empty(shape, like):
     """A fresh, uninitialised tensor."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,62 @@
+"""What one call brings that the kernels cannot serve. Asked on every call, so each question costs some 0.1 us."""
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+PLAIN = frozenset({torch.Tensor, Parameter})
+
+_ID_DTYPES = frozenset({torch.int32, torch.int64})
+_WEIGHT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_functorch_interpreter = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+def watched() -> str | None:
+    """The reason when somebody records or transforms the operations of this call: they would not see the kernels'.
+
+    Asked before anything else, because even looking at tensors would be recorded. torch.compile is not among them: it
+    traces the asking, too, and is asked for by `torch.compiler.is_compiling()`."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing the model, and the kernels cannot be traced"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active (FakeTensorMode, a FLOP counter, ...) and would not see the kernels"
+    if _functorch_interpreter() is not None or forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active, and the kernels have no derivative"
+    return None
+
+
+def call_against(layer, parameters, inputs) -> str | None:
+    """The reason why the kernels cannot serve this call of a `Layer` that they can serve; None when they can.
+    `parameters` are its weights as they are now, `inputs` the hidden states, the ids and the routing weights."""
+    gate_up, down = parameters
+    hidden_states, ids, weights = inputs
+    if not (type(hidden_states) in PLAIN and type(ids) in PLAIN and type(weights) in PLAIN):
+        kinds = sorted({type(t).__name__ for t in (hidden_states, ids, weights) if type(t) not in PLAIN})
+        return f"the call brings tensors of class {', '.join(kinds)}, not plain torch.Tensor"
+    if torch.is_grad_enabled() and (
+        gate_up.requires_grad or down.requires_grad or hidden_states.requires_grad or weights.requires_grad
+    ):
+        named = {"gate_up_proj": gate_up, "down_proj": down, "hidden_states": hidden_states, "top_k_weights": weights}
+        first = next(name for name, tensor in named.items() if tensor.requires_grad)
+        return (
+            f"gradients are needed (grad mode is on and {first} requires grad) and the kernels have no backward; use "
+            "torch.no_grad() or model.requires_grad_(False) where none are"
+        )
+    if hidden_states.dtype is not layer.dtype or hidden_states.device != layer.device:
+        return (
+            f"hidden_states is {hidden_states.dtype} on {hidden_states.device} and the weights {layer.dtype} on "
+            f"{layer.device}; they must be the same"
+        )
+    if ids.dtype not in _ID_DTYPES or weights.dtype not in _WEIGHT_DTYPES:
+        return (
+            f"top_k_index is {ids.dtype} and top_k_weights {weights.dtype}, not int32 or int64 and float32, bfloat16 "
+            "or float16"
+        )
+    if hidden_states.dim() != 2 or ids.dim() != 2:
+        return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
+    return _autocast_against(layer) if torch.is_autocast_enabled(layer.device_type) else None
+
+
+def _autocast_against(layer) -> str | None:
+    to = torch.get_autocast_dtype(layer.device_type)
+    return None if to is layer.dtype else f"autocast to {to} is on and the weights are {layer.dtype}"

@@ -1,0 +1,141 @@
+"""Which path each Mixture-of-Experts layer of a model takes, and why, as a table for people."""
+
+import html
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+
+import torch
+
+from .config import NAME, PatchedConfig, asked_for
+from .forward import own_path_name
+from .layer import Layer, built_against, is_dispatched, weights_of
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One Mixture-of-Experts layer. E, H and I (experts, hidden and intermediate size) come from the weights, which
+    hold this process's part under tensor or expert parallelism; None where the layout is not known."""
+
+    name: str
+    module_class: str
+    E: int | None
+    H: int | None
+    I: int | None  # noqa: E741 - the letter of the kernels' documentation
+    dtype: str
+    device: str
+    path: str
+    reason: str
+
+
+class Explanation(list):
+    """The rows of `explain`, one `LayerRow` per layer; prints as a table in which equal layers are folded."""
+
+    def folded(self) -> list[tuple[str, ...]]:
+        """The table's rows as text, layers that differ in nothing but their name folded into one."""
+        groups: dict[tuple, list[str]] = {}
+        for row in self:
+            name, *rest = astuple(row)
+            groups.setdefault(tuple(rest), []).append(name)
+        return [
+            (_fold(names), rest[0], *("?" if cell is None else str(cell) for cell in rest[1:]))
+            for rest, names in groups.items()
+        ]
+
+    def __str__(self) -> str:
+        if not self:
+            return "No Mixture-of-Experts layers."
+        header = [field.name.replace("module_class", "class").replace("name", "layers") for field in fields(LayerRow)]
+        rows = [header, *self.folded()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+        # The last column is a sentence: no padding, so that lines end where the text does.
+        lines = ["  ".join([*(row[i].ljust(width) for i, width in enumerate(widths)), row[-1]]) for row in rows]
+        served = sum(row.path == NAME for row in self)
+        return "\n".join([*lines, f"{served} of {len(self)} layers take {NAME}."])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{field.name}</th>" for field in fields(LayerRow))
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            for row in self.folded()
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def explain(model: torch.nn.Module) -> Explanation:
+    """Lists the path of every Mixture-of-Experts layer of `model` in a call that needs no gradients, such as those of
+    `generate()`, with the reason. Changes nothing. What only a call can tell (autocast, torch.compile, the inputs'
+    dtype) is said by the call."""
+    return Explanation(_row(name, module) for name, module in moe_modules(model))
+
+
+def moe_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of everything in `model` that looks like a Mixture-of-Experts layer's experts, served or not."""
+    for name, module in model.named_modules():
+        if is_dispatched(module):
+            yield name, module
+        elif type(module).__name__.endswith("Experts") and next(module.parameters(), None) is not None:
+            yield name, module  # a class outside the experts interface: Llama 4, DBRX, LongCat
+        elif isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] == "experts" and len(module) > 1:
+            yield name, module  # one module per expert, as remote code and transformers 4 have them
+
+
+def _row(name: str, module: torch.nn.Module) -> LayerRow:
+    gate_up, down, _ = weights_of(module)
+    some = next((w for w in (gate_up, down, next(module.parameters(), None)) if w is not None), None)
+    path, reason = _verdict(module, gate_up, down)
+    return LayerRow(
+        name=name or "(the module itself)",
+        module_class=type(module).__name__,
+        **_sizes(module, gate_up, down),
+        dtype="?" if some is None else str(some.dtype).removeprefix("torch."),
+        device="?" if some is None else str(some.device),
+        path=path,
+        reason=reason,
+    )
+
+
+def _verdict(module, gate_up, down) -> tuple[str, str]:
+    own = own_path_name(module)
+    against = built_against(module) or Layer(module, gate_up, down).reason
+    if against is not None:
+        return own, against
+    if not asked_for(module):
+        return own, "it is not patched; the kernels can serve it"
+    how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
+    if gate_up.requires_grad or down.requires_grad:
+        how += f"; calls with grad mode on take {own}, because the weights require grad"
+    return NAME, how
+
+
+def _sizes(module, gate_up, down) -> dict[str, int | None]:
+    if not is_dispatched(module) or any(w is None or w.dim() != 3 for w in (gate_up, down)):
+        return {"E": None, "H": None, "I": None}
+    e, h, i = down.shape
+    return {"E": e, "H": i, "I": h} if module.is_transposed else {"E": e, "H": h, "I": i}
+
+
+def _fold(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    # Names that differ in one number: "model.layers.{0..47}.mlp.experts"; anything else: the first, and how many more.
+    split = [name.split(".") for name in names]
+    if len({len(parts) for parts in split}) == 1:
+        varying = [i for i, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1]
+        if len(varying) == 1 and all(parts[varying[0]].isdigit() for parts in split):
+            numbers = sorted(int(parts[varying[0]]) for parts in split)
+            parts = list(split[0])
+            parts[varying[0]] = "{" + _ranges(numbers) + "}"
+            return f"{'.'.join(parts)} ({len(names)})"
+    return f"{names[0]} and {len(names) - 1} more"
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)

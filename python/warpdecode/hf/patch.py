@@ -1,0 +1,89 @@
+"""Patching a model in hand, for good or for a scope, and putting back what was there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .config import PatchedConfig, Policy, WarpDecodeFallbackError, warn
+from .explain import moe_modules
+from .forward import own_path_name, register
+from .layer import SLOT, Layer, weights_of
+
+
+def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
+    """Makes the Mixture-of-Experts layers of `model` use warpdecode's kernels, in place, and returns it.
+
+    Works on any module that contains transformers' experts modules: a causal LM, a vision-language model with a text
+    model inside, one decoder layer. The model's configs are not touched: `generate()` may go on switching them between
+    its implementations for prefill and decode, and so may `set_experts_implementation`; that chooses the path a layer
+    takes where the kernels cannot serve it. Weights are read on every call, so LoRA, weight sync and `.to()` are safe.
+
+    Layers that can never be served (another weight layout, another gate) stay as they are. Such layers, and calls that
+    cannot be served, are said once per reason by a `WarpDecodeFallbackWarning`. With `strict=True` they raise
+    `WarpDecodeFallbackError`: here when a layer can never be served or none can be served as the model is now (and
+    then nothing was patched), or later in the call.
+
+    Patching again is the same as patching once, with the new `strict`. Undone by `unpatch`.
+    """
+    register()
+    found = [module for _, module in moe_modules(model)]
+    if not found:
+        _nothing(f"{type(model).__name__} has no Mixture-of-Experts layers that could be patched", strict)
+        return model
+    policy = Policy(strict)
+    layers = [(module, Layer(module, *weights_of(module)[:2])) for module in found]
+    if all(layer.reason is not None for _, layer in layers):
+        reasons = {(type(module).__name__, layer.reason) for module, layer in layers}
+        _nothing(
+            f"none of the {len(layers)} Mixture-of-Experts layers of {type(model).__name__} can be served as the model "
+            f"is now: {'; '.join(sorted(f'{name}: {reason}' for name, reason in reasons))}",
+            strict,
+        )
+        policy.said |= reasons
+    for module, layer in layers:  # before the first is patched: under strict this raises
+        if layer.never:
+            policy.report(type(module).__name__, own_path_name(module), layer.reason)
+    for module, layer in layers:
+        if not layer.never:
+            module.__dict__["config"] = PatchedConfig(_inner(module.__dict__["config"]), policy)
+    return model
+
+
+def unpatch(model: torch.nn.Module) -> torch.nn.Module:
+    """Undoes `patch`, in place, and returns the model: every module has the config object it had before, and nothing of
+    ours is left on it. Models that were never patched are left alone."""
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if type(config) is PatchedConfig:
+            module.__dict__["config"] = config.inner
+            module.__dict__.pop(SLOT, None)
+    return model
+
+
+@contextmanager
+def patched(model: torch.nn.Module, strict: bool = False) -> Iterator[torch.nn.Module]:
+    """`with patched(model): ...`: patched inside, exactly as before afterwards, also when it was patched before.
+
+    The scope belongs to the model, not to the thread: other threads that run it meanwhile get the kernels too.
+    """
+    before = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
+    patch(model, strict=strict)
+    try:
+        yield model
+    finally:
+        for module, config in before:
+            if type(module.__dict__.get("config")) is PatchedConfig:
+                module.__dict__["config"] = config
+                if type(config) is not PatchedConfig:
+                    module.__dict__.pop(SLOT, None)
+
+
+def _inner(config):
+    return config.inner if type(config) is PatchedConfig else config
+
+
+def _nothing(sentence: str, strict: bool) -> None:
+    if strict:
+        raise WarpDecodeFallbackError(f"warpdecode: {sentence}. Nothing was patched (strict=True).")
+    warn(f"warpdecode: {sentence}.")
