@@ -4,9 +4,10 @@
 
 #include <string.h>
 
-/* Routes that one pass serves; larger calls run pass after pass, which bounds the workspace (32768 routes of H = 7168 are
- * 0.9 GB) and costs nothing: a pass this large reads the experts for hundreds of tokens each. */
-enum { ROUTES_PER_PASS = 32768, MAX_TOP_K = 1024, MAX_EXPERTS = 65535 };
+/* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each, 1 GB); larger calls
+ * run pass after pass. That bounds the workspace and costs nothing: a pass this large reads the experts for hundreds of
+ * tokens each. */
+enum { ROUTES_PER_PASS = 32768, VALUES_PER_PASS = 1 << 28, MAX_TOP_K = 1024, MAX_EXPERTS = 65535 };
 
 /* A checked call. Tensors an operation does not have are NULL. */
 typedef struct {
@@ -22,8 +23,10 @@ typedef struct {
   wd_kernel kernel;
 } call;
 
-static int64_t tokens_per_pass(int64_t top_k) {
-  return top_k >= ROUTES_PER_PASS ? 1 : ROUTES_PER_PASS / top_k;
+static int64_t tokens_per_pass(const wd_moe_shape *shape) {
+  const int64_t by_values = VALUES_PER_PASS / ((int64_t)shape->hidden + shape->intermediate);
+  const int64_t tokens = (by_values < ROUTES_PER_PASS ? by_values : ROUTES_PER_PASS) / shape->top_k;
+  return tokens > 1 ? tokens : 1;
 }
 
 static size_t round_up(size_t bytes) {
@@ -31,7 +34,7 @@ static size_t round_up(size_t bytes) {
 }
 
 static int64_t pass_tokens(const wd_moe_shape *shape) {
-  const int64_t limit = tokens_per_pass(shape->top_k);
+  const int64_t limit = tokens_per_pass(shape);
   return shape->tokens < limit ? shape->tokens : limit;
 }
 
@@ -216,7 +219,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
 }
 
 static wd_status run_passes(const call *c) {
-  const int64_t pass = tokens_per_pass(c->shape.top_k);
+  const int64_t pass = tokens_per_pass(&c->shape);
   for (int64_t first = 0; first < c->shape.tokens; first += pass) {
     const int64_t left = c->shape.tokens - first;
     WD_TRY(run_pass(c, first, left < pass ? left : pass));

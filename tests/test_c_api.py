@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 import warpdecode
 
 PACKAGE = Path(warpdecode.__file__).parent
@@ -47,9 +46,8 @@ def tool(name):
 
 def run(*command, **options):
     """The command's output; on failure everything it said."""
-    done = subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([str(part) for part in command], check=False, **both, **options)
     assert done.returncode == 0, f"{command}: exit status {done.returncode}\n{done.stdout}"
     return done.stdout
 
@@ -88,7 +86,8 @@ def test_pkg_config_builds_a_consumer(consumer):
     folders = [Path(flag[2:]).resolve() for flag in flags if flag[:2] in ("-I", "-L")]
     assert folders == [INCLUDE.resolve(), LIB.resolve()]
     program = consumer.with_suffix("")
-    run(*compiler("CC", "cc", "gcc", "clang"), "-std=c11", *WARNINGS, consumer, *flags, f"-Wl,-rpath,{LIB}", "-o", program)
+    command = [*compiler("CC", "cc", "gcc", "clang"), "-std=c11", *WARNINGS, consumer, *flags]
+    run(*command, f"-Wl,-rpath,{LIB}", "-o", program)
     check_consumer(run(program))
 
 
@@ -116,7 +115,8 @@ target_link_libraries(consumer PRIVATE warpdecode::warpdecode)
 def test_the_header_stands_alone(tmp_path, variable, names, language, standard):
     source = tmp_path / "header"
     # Twice, for its guard; not as the main file, whose pedantry differs.
-    source.write_text("#include <warpdecode.h>\n#include <warpdecode.h>\nint main(void) { return wd_kernel_count() < 0; }\n")
+    include = "#include <warpdecode.h>\n"
+    source.write_text(include + include + "int main(void) { return wd_kernel_count() < 0; }\n")
     program = tmp_path / "program"
     command = [*compiler(variable, *names), "-x", language, f"-std={standard}", *WARNINGS, f"-I{INCLUDE}", source]
     run(*command, "-x", "none", f"-L{LIB}", f"-Wl,-rpath,{LIB}", "-lwarpdecode", "-o", program)
@@ -130,7 +130,7 @@ def test_the_library_needs_the_c_library_alone():
         lines = run(tool("ldd"), LIBRARY).splitlines()
         needed = [Path(line.split()[0]).name for line in lines if "vdso" not in line]
     assert needed
-    # Until glibc 2.34 its threads, its dlopen (the CUDA runtime's way to the driver) and its clocks were files of their own.
+    # Until glibc 2.34 its threads, dlopen (the CUDA runtime's way to the driver) and clocks were files of their own.
     glibc = r"lib(c|m|pthread|dl|rt)\.so\.\d+|ld-linux[-\w]*\.so\.\d+"
     assert [name for name in needed if not re.fullmatch(glibc, name)] == []
 

@@ -96,6 +96,8 @@ def test_python_m_warpdecode_and_its_exit_codes():
     assert done.returncode == 0 and done.stdout == warpdecode.info() + "\n", done.stderr
     done = subprocess.run([*LOCAL, "generate", "--top-p", "7"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("usage: warpdecode generate")
+    done = subprocess.run(LOCAL, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("usage: warpdecode")
 
 
 def test_help_and_usage_errors_do_not_wait_for_torch():

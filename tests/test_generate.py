@@ -197,6 +197,18 @@ def test_logits_that_are_not_finite_end_the_run(generate, model_folder, tmp_path
     assert path.read_bytes() == b""
 
 
+def test_strict_refuses_a_model_whose_layers_cannot_be_served(generate, tmp_path):
+    folder = save_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    code, path, printed = generate(model=folder, flags=["--strict"])
+    assert code == 1 and "warpdecode generate: error: " in printed and "Nothing was patched (strict=True)" in printed
+    assert path.read_bytes() == b""
+    with pytest.warns(hf.WarpDecodeFallbackWarning):
+        code, path, printed = generate(model=folder)
+    assert code == 0 and "0 of 2 layers take warp_decode" in printed and lines_in(path) == 15
+
+
 # Which tokens are drawn
 
 
@@ -505,7 +517,7 @@ def test_a_file_that_another_run_writes_is_refused(processes, generate, model_fo
 
 def test_ctrl_c_says_how_to_resume(processes, generate, model_folder, prompts_file, tmp_path):
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
-    argv = arguments(model_folder, prompts_file, output, samples=40)
+    argv = arguments(model_folder, prompts_file, output, samples=20)
     child = processes.Process(target=in_child, args=(log, argv))
     child.start()
     wait_until(lambda: lines_in(output), child)
@@ -513,9 +525,9 @@ def test_ctrl_c_says_how_to_resume(processes, generate, model_folder, prompts_fi
     child.join()
     assert child.exitcode == 130, log.read_text()
     said = log.read_text()
-    assert f"Interrupted: {lines_in(output)} of 200 samples are in {output}. Run the same command again" in said
-    assert "Traceback" not in said and 0 < lines_in(output) < 200
-    assert generate(samples=40)[0] == 0 and lines_in(output) == 200
+    assert f"Interrupted: {lines_in(output)} of 100 samples are in {output}. Run the same command again" in said
+    assert "Traceback" not in said and 0 < lines_in(output) < 100
+    assert generate(samples=20)[0] == 0 and lines_in(output) == 100
 
 
 def test_a_full_disk_ends_the_run_and_the_same_command_resumes(generate, reference):

@@ -1,6 +1,7 @@
 """What the kernels cannot serve: it takes the model's own path, is said once, and raises under strict."""
 
 import re
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -171,6 +172,17 @@ def test_its_reason_is_said_once_per_model(call):
                         module(*inputs)
         assert len(said) == 1
         assert "Qwen3MoeExperts" in str(said[0].message)
+
+
+def test_a_second_model_is_heard_under_python_s_own_filter():
+    # Which shows a sentence once per place, and so would take the second model's for the first's.
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            layer = warpdecode.hf.patch(_layer().requires_grad_(True))
+            layer(*_inputs())
+            layer(*_inputs())
+    assert [w.category for w in said] == [WarpDecodeFallbackWarning] * 2
 
 
 def test_it_raises_under_strict(call):
@@ -421,6 +433,14 @@ def _clamped(limit):
     return gate
 
 
+def _clamped_gate(limit):
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return torch.nn.functional.silu(gate.clamp(max=limit)) * up
+
+    return gate
+
+
 def _swapped(self, gate_up):
     up, gate = gate_up.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
@@ -454,6 +474,8 @@ def _raising(self, gate_up):
         (_clamped(7.0), "neither"),
         (_clamped(10.0), "neither"),
         (_clamped(1e4), "neither"),
+        (_clamped_gate(7.0), "neither"),
+        (_clamped_gate(1e4), "neither"),
         (_swapped, "neither"),
         (_interleaved, "neither"),
         (_up_plus_one, "neither"),

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, help="append the rows to this file as JSON lines")
 
 
-def _environment(device: str) -> dict:
+def environment(device: str) -> dict:
+    """What a figure depends on beside the code: versions, machine, date."""
     import torch
 
     import warpdecode
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"warpdecode bench: --shapes was {', '.join(unknown)}, expected names of {', '.join(SHAPES)}", file=sys.stderr)
         return 2
     kernels = [name for name in args.kernels.split(",") if name]
-    environment = _environment(device)
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    found = environment(device)
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
     header = ("T", "distinct MB", "read ceiling", "ours", "of ceiling", *kernels, "fastest peer", "ratio", "error/floor")
     for name in names:
         for dtype in args.dtypes.split(","):
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
                 print(_line(row, kernels), flush=True)
                 if args.output:
                     with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({**row, "environment": environment}) + "\n")
+                        file.write(json.dumps({**row, "environment": found}) + "\n")
     return 0
 
 

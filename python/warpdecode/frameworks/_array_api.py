@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from warpdecode._ffi import lib
-from warpdecode.frameworks import _capsule
+from warpdecode.frameworks import _capsule, _numpy
 from warpdecode.slots import Slot
 
 _CUDA = int(lib.kDLCUDA)
@@ -69,13 +69,14 @@ def bind_output(slot, output):
 
 
 def workspace(size, like):
-    """From the framework's own allocator; over-long on the CPU, where it may be aligned to less than 16 bytes."""
+    """From the framework's own allocator on CUDA, where memory is aligned; plain memory on the CPU."""
+    if int(like.__dlpack_device__()[0]) != _CUDA:
+        return _numpy.workspace(size, like)
     xp = _namespace(like)
-    owner = xp.empty(size + 64, dtype=xp.uint8, device=like.device)
+    owner = xp.empty(size, dtype=xp.uint8, device=like.device)
     slot = Slot("workspace")
     bind(slot, owner)
-    address = slot.address
-    return address + -address % 64, (owner, slot)
+    return slot.address, (owner, slot)
 
 
 def finish(output):

@@ -1,0 +1,38 @@
+"""A small sweep over every CUDA kernel, for compute-sanitizer; not collected by pytest.
+
+    for tool in memcheck racecheck initcheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 9 python tests/sanitizer_sweep.py
+    done
+"""
+
+import torch
+
+import warpdecode
+from cases import make_layer, make_tokens
+
+CASES = (  # E, K, H, I, T: decode, odd sizes, lists sorted in memory, more than one column tile
+    (8, 4, 64, 32, 1),
+    (5, 2, 72, 40, 3),
+    (6, 3, 136, 104, 12),
+    (2, 2, 40, 24, 33),
+    (4, 2, 64, 32, 1100),
+)
+
+
+def main():
+    """Runs every case on every kernel and checks that they agree, so that the sweep cannot pass by doing nothing."""
+    runs = 0
+    kernels = [kernel.name for kernel in warpdecode.kernels() if kernel.device == "cuda"]
+    for experts, top_k, hidden, intermediate, tokens in CASES:
+        for dtype in (torch.bfloat16, torch.float16):
+            layer = make_layer(experts, hidden, intermediate, dtype, "cpu")
+            layer.gate_up, layer.down = layer.gate_up.cuda(), layer.down.cuda()  # initialised by copies: initcheck sees
+            call = make_tokens(layer, tokens, top_k, seed=tokens, routing="out of range")
+            outputs = [warpdecode.Experts(layer.gate_up, layer.down, kernel=name)(*call).cpu() for name in kernels]
+            assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+            runs += len(outputs)
+    print(f"{runs} calls over {', '.join(kernels)}: equal bits")
+
+
+if __name__ == "__main__":
+    main()

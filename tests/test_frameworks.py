@@ -1,0 +1,215 @@
+"""Every framework's arrays go in, the caller's framework comes out, with the same bits."""
+
+import numpy as np
+import pytest
+import torch
+
+import warpdecode
+from cases import make_layer, make_tokens
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def case(dtype, device="cpu", ids=torch.int32):
+    """(inputs as torch tensors, expected output) of a small layer."""
+    layer = make_layer(8, 96, 64, dtype, device)
+    x, topk_ids, weights = make_tokens(layer, 5, 3, id_dtype=ids)
+    inputs = (x, topk_ids, weights, layer.gate_up, layer.down)
+    return inputs, warpdecode.moe(*inputs)
+
+
+def to_numpy(tensor):
+    """A NumPy array of the same bits; bfloat16 by ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def same_bits(array, tensor):
+    """Whether a NumPy array has the bits of a torch tensor."""
+    return array.shape == tuple(tensor.shape) and array.tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numpy(name):
+    inputs, expected = case(NAMES[name])
+    arrays = [to_numpy(t) for t in inputs]
+    found = warpdecode.moe(*arrays)
+    assert type(found) is np.ndarray and found.dtype == arrays[0].dtype
+    assert same_bits(found, expected)
+    out = np.zeros_like(arrays[0])
+    assert warpdecode.moe(*arrays, out=out) is out
+    assert same_bits(out, expected)
+
+
+def test_numpy_refusals():
+    inputs, _ = case(torch.float32)
+    arrays = [to_numpy(t) for t in inputs]
+    read_only = np.zeros_like(arrays[0])
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="out: was read-only, expected a writable array"):
+        warpdecode.moe(*arrays, out=read_only)
+    with pytest.raises(ValueError, match=r"hidden_states: strides were \[1, 5\], expected compact"):
+        warpdecode.moe(np.asfortranarray(arrays[0]), *arrays[1:])
+    with pytest.raises(ValueError, match="hidden_states: was big-endian"):
+        warpdecode.moe(arrays[0].astype(">f4"), *arrays[1:])
+    with pytest.raises(ValueError, match="gate_up_proj: dtype was float64"):
+        warpdecode.moe(*arrays[:3], arrays[3].astype(np.float64), arrays[4])
+    with pytest.raises(ValueError, match=r"hidden_states: was a builtins.list, expected an array that speaks DLPack"):
+        warpdecode.moe(arrays[0].tolist(), *arrays[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jax(name):
+    jax = pytest.importorskip("jax")
+    inputs, expected = case(NAMES[name])
+    cpu = jax.devices("cpu")[0]
+    arrays = [jax.device_put(to_numpy(t), cpu) for t in inputs]
+    found = warpdecode.moe(*arrays)
+    assert isinstance(found, jax.Array)
+    assert same_bits(np.asarray(found), expected)
+    with pytest.raises(ValueError, match="out: was a jax.Array, which is immutable"):
+        warpdecode.moe(*arrays, out=arrays[0])
+    with pytest.raises(ValueError, match="tracer"):
+        jax.jit(lambda x: warpdecode.moe(x, *arrays[1:]))(arrays[0])
+
+
+@pytest.mark.gpu
+def test_jax_on_cuda(cuda):
+    jax = pytest.importorskip("jax")
+    if not any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("gpu: jax sees no CUDA device")
+    inputs, _ = case(torch.bfloat16)
+    expected = warpdecode.moe(*(t.cuda() for t in inputs)).cpu()
+    arrays = [jax.device_put(to_numpy(t), jax.devices("gpu")[0]) for t in inputs]
+    for _ in range(20):
+        found = warpdecode.moe(*arrays)
+        assert isinstance(found, jax.Array)
+        assert same_bits(np.asarray(found), expected)
+
+
+@pytest.mark.gpu
+def test_cupy_on_cuda(cuda):
+    cupy = pytest.importorskip("cupy")
+    inputs, _ = case(torch.float16)
+    expected = warpdecode.moe(*(t.cuda() for t in inputs)).cpu()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        arrays = [cupy.asarray(to_numpy(t)) for t in inputs]
+        found = warpdecode.moe(*arrays)
+        assert isinstance(found, cupy.ndarray)
+        out = cupy.zeros_like(arrays[0])
+        assert warpdecode.moe(*arrays, out=out) is out
+        assert same_bits(cupy.asnumpy(found), expected)
+        assert same_bits(cupy.asnumpy(out), expected)
+
+
+class Producer:
+    """An array of a framework that nobody knows: DLPack and nothing else."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_any_producer():
+    inputs, expected = case(torch.float32)
+    out = np.zeros((5, 96), np.float32)
+    warpdecode.moe(*(Producer(to_numpy(t)) for t in inputs), out=out)
+    assert same_bits(out, expected)
+    with pytest.raises(ValueError, match="out: must be given for a test_frameworks.Producer"):
+        warpdecode.moe(*(Producer(to_numpy(t)) for t in inputs))
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out: was read-only"):
+        warpdecode.moe(*(Producer(to_numpy(t)) for t in inputs), out=Producer(out))
+
+
+def test_torch_refusals():
+    (x, ids, weights, gate_up, down), _ = case(torch.bfloat16)
+    with pytest.raises(ValueError, match="hidden_states: requires a gradient"):
+        warpdecode.moe(x.clone().requires_grad_(), ids, weights, gate_up, down)
+    with pytest.raises(ValueError, match="gate_up_proj: requires a gradient"):
+        warpdecode.moe(x, ids, weights, torch.nn.Parameter(gate_up), down)
+    with torch.no_grad():
+        warpdecode.moe(x, ids, weights, torch.nn.Parameter(gate_up), down)
+    with pytest.raises(ValueError, match="hidden_states: was on meta"):
+        warpdecode.moe(x.to("meta"), ids, weights, gate_up, down)
+    with pytest.raises(ValueError, match="subclass of torch.Tensor"):
+        warpdecode.moe(torch.Tensor._make_subclass(type("Sub", (torch.Tensor,), {}), x), ids, weights, gate_up, down)
+    with pytest.raises(ValueError, match="activation: was 'relu', expected one of 'silu', 'gelu_tanh'"):
+        warpdecode.moe(x, ids, weights, gate_up, down, activation="relu")
+    with pytest.raises(ValueError, match='options: kernel was "fast", expected a name'):
+        warpdecode.Experts(gate_up, down, kernel="fast")(x, ids, weights)
+
+
+def test_parameter_data_replaced_is_seen():
+    """An RL step may give a parameter new memory: the old must neither be read nor be freed under a running call."""
+    (x, ids, weights, gate_up, down), _ = case(torch.bfloat16)
+    parameter = torch.nn.Parameter(gate_up)
+    with torch.no_grad():
+        experts = warpdecode.Experts(parameter, down)
+        experts(x, ids, weights)
+        parameter.data = gate_up * 2
+        assert torch.equal(experts(x, ids, weights), warpdecode.moe(x, ids, weights, gate_up * 2, down))
+
+
+@pytest.mark.gpu
+def test_current_stream_on_cuda(cuda):
+    """The caller's current stream, not the default one: work queued behind a long wait sees what came before it."""
+    inputs, _ = case(torch.bfloat16)
+    on_gpu = [t.to(cuda) for t in inputs]
+    expected = warpdecode.moe(on_gpu[0] * 2, *on_gpu[1:])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second on this stream alone
+        doubled = on_gpu[0] * 2
+        found = warpdecode.moe(doubled, *on_gpu[1:])
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_current_device_is_restored_on_cuda(cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("gpu: needs two CUDA devices")
+    inputs, _ = case(torch.bfloat16)
+    first = warpdecode.moe(*(t.to("cuda:0") for t in inputs))
+    with torch.cuda.device(0):
+        second = warpdecode.moe(*(t.to("cuda:1") for t in inputs))
+        assert torch.cuda.current_device() == 0 and second.device.index == 1
+    assert torch.equal(first.cpu(), second.cpu())
+    with pytest.raises(ValueError, match="hidden_states: was on cuda:1, expected cuda:0 as gate_up_proj"):
+        warpdecode.moe(inputs[0].to("cuda:1"), *(t.to("cuda:0") for t in inputs[1:]))
+
+
+def test_cuda_tensor_without_cuda():
+    """Where CUDA cannot be used, the reason is a sentence that says what to do."""
+    usable, reason = warpdecode.cuda_usable()
+    if usable:
+        pytest.skip("CUDA is usable here")
+    assert reason.startswith("CUDA: ") and ("driver" in reason or "CPU-only" in reason)
+
+
+def test_call_overhead():
+    """A call without its kernels (T = 0), in thread CPU time so that a busy machine does not count: below 10 us."""
+    import time
+
+    layer = make_layer(8, 64, 32, torch.bfloat16)
+    call = warpdecode.Experts(layer.gate_up, layer.down)
+    inputs = make_tokens(layer, 0, 2)
+    with torch.no_grad():
+        rounds = []
+        for _ in range(30):
+            start = time.thread_time()
+            for _ in range(500):
+                call(*inputs)
+            rounds.append((time.thread_time() - start) / 500)
+    assert min(rounds) < 10e-6
