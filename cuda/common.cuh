@@ -90,36 +90,73 @@ __device__ __forceinline__ void allow_next_grid() {
 
 // ---- the streamed dot product ---------------------------------------------------------------------------------------
 
-// One warp, one quarter: c[part][tile] += rows (16) . columns (8 per tile) over chunks [begin, end) of `length` values.
+// The quarters of a row of `length` values, and the first chunk that is beyond it for the lane with t = lane % 4.
+__device__ __forceinline__ int chunks_of(int length) { return (length + kChunk - 1) / kChunk; }
+__device__ __forceinline__ int quarter_begin(int length, int quarter) {
+  return (int)((int64_t)chunks_of(length) * quarter / kQuarters);
+}
+__device__ __forceinline__ int lane_limit(int length, int t) { return (length - 8 * t + kChunk - 1) / kChunk; }
+
+__device__ __forceinline__ float add_quarters(float q0, float q1, float q2, float q3) {
+  return __fadd_rn(__fadd_rn(q0, q1), __fadd_rn(q2, q3));
+}
+
+constexpr int kWhole = kQuarters; // quarters of a whole row
+
+// One warp: c[part][tile] = rows (16) . columns (8 per tile), over one quarter (QUARTERS == 1) or the whole row (kWhole).
 // Lane (g = lane / 4, t = lane % 4) reads rows g and g + 8 and column g of each tile; row and column pointers are the
 // lane's own, 8t included. c[..][0,1]: row g, columns 2t, 2t+1; c[..][2,3]: row g + 8.
 // WEIGHTS_AHEAD chunks of weights are in flight, COLUMNS_AHEAD of activations. before_columns() runs between the first
 // loads of weights and the first of activations: the place for wait_for_previous_grid().
-template <class T, int TILES, int PARTS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, class Before>
+template <class T, int TILES, int PARTS, int QUARTERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, class Before>
 __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T *row_low, const T *row_high,
-                                           const T *const (&column)[TILES], int64_t part_stride, int begin, int end,
-                                           int lane_limit, Before before_columns) {
+                                           const T *const (&column)[TILES], int64_t part_stride, int length,
+                                           int quarter, Before before_columns) {
   static_assert(WEIGHTS_AHEAD % COLUMNS_AHEAD == 0, "the unrolled body uses compile-time slots only");
+  static_assert(QUARTERS == 1 || QUARTERS == kWhole, "a quarter or all of them");
   uint4 a[WEIGHTS_AHEAD][2], b[COLUMNS_AHEAD][PARTS][TILES];
-  // lane_limit: first chunk in which this lane's eight values lie beyond the row (length is a multiple of 8, not of 32)
+  float pair[PARTS][TILES][4], third[PARTS][TILES][4]; // q0, then q0 + q1; q2. Dead, and no registers, for one quarter.
+  const int begin = quarter_begin(length, quarter), end = quarter_begin(length, quarter + QUARTERS);
+  // length is a multiple of 8, not of 32: in the last chunk some lanes' eight values lie beyond the row
+  const int limit = min(end, lane_limit(length, threadIdx.x % 4));
   auto load_a = [&](int slot, int chunk) {
-    const bool valid = chunk < end && chunk < lane_limit;
+    const bool valid = chunk < limit;
     a[slot][0] = load_weights(row_low + (int64_t)chunk * kChunk, valid);
     a[slot][1] = load_weights(row_high + (int64_t)chunk * kChunk, valid);
   };
   auto load_b = [&](int slot, int chunk) {
-    const bool valid = chunk < end && chunk < lane_limit;
+    const bool valid = chunk < limit;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
         b[slot][part][tile] = load_activations(column[tile] + part * part_stride + (int64_t)chunk * kChunk, valid);
   };
+  auto each = [&](auto action) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) action(c[part][tile][i], pair[part][tile][i], third[part][tile][i]);
+  };
+  int done = 0, next = quarter_begin(length, 1); // quarters summed, and where the current one ends (whole rows)
+  auto close_quarters = [&](int chunk) {         // a loop, because the quarters of a short row may be empty
+    while (done < kQuarters && chunk == next) {
+      if (done == 0) each([](float &sum, float &q01, float &) { q01 = sum, sum = 0.0f; });
+      if (done == 1) each([](float &sum, float &q01, float &) { q01 = __fadd_rn(q01, sum), sum = 0.0f; });
+      if (done == 2) each([](float &sum, float &, float &q2) { q2 = sum, sum = 0.0f; });
+      if (done == 3) each([](float &sum, float &q01, float &q2) { sum = __fadd_rn(q01, __fadd_rn(q2, sum)); });
+      next = quarter_begin(length, ++done + 1);
+    }
+  };
 #pragma unroll
   for (int i = 0; i < WEIGHTS_AHEAD; i++) load_a(i, begin + i);
   before_columns();
 #pragma unroll
   for (int i = 0; i < COLUMNS_AHEAD; i++) load_b(i, begin + i);
+  each([](float &sum, float &, float &) { sum = 0.0f; });
+  if (QUARTERS == kWhole) close_quarters(0);
   for (int chunk = begin; chunk < end; chunk += WEIGHTS_AHEAD) {
 #pragma unroll
     for (int i = 0; i < WEIGHTS_AHEAD; i++) {
@@ -139,22 +176,12 @@ __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T 
             const uint4 &v = b[j][part][tile];
             Element<T>::mma(c[part][tile], a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w, v.z, v.w);
           }
+        if (QUARTERS == kWhole) close_quarters(chunk + i + 1);
       }
       load_a(i, chunk + i + WEIGHTS_AHEAD);
       load_b(j, chunk + i + COLUMNS_AHEAD);
     }
   }
-}
-
-// The quarters of a row of `length` values, and the first chunk that is beyond it for the lane with t = lane % 4.
-__device__ __forceinline__ int chunks_of(int length) { return (length + kChunk - 1) / kChunk; }
-__device__ __forceinline__ int quarter_begin(int length, int quarter) {
-  return (int)((int64_t)chunks_of(length) * quarter / kQuarters);
-}
-__device__ __forceinline__ int lane_limit(int length, int t) { return (length - 8 * t + kChunk - 1) / kChunk; }
-
-__device__ __forceinline__ float add_quarters(float q0, float q1, float q2, float q3) {
-  return __fadd_rn(__fadd_rn(q0, q1), __fadd_rn(q2, q3));
 }
 
 // ---- routing --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,13 @@ wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
   return WD_OK;
 }
 
+int wd_cuda_usable(void) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) == cudaSuccess) return devices > 0;
+  (void)cudaGetLastError();
+  return 0;
+}
+
 int32_t wd_cuda_runtime_version(void) {
   return CUDART_VERSION;
 }

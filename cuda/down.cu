@@ -5,12 +5,13 @@
 // The intermediate comes as a high and a low part of the weights' type, each with a chain of products of its own:
 //   v = dot(high) + dot(low) * 2^-S
 // and the slots are combined in slot order, one fused multiply-add each, from zero.
-// A warp owns 16 hidden rows of one expert and one quarter of I. Bytes: H*I*2 per distinct expert.
+// A warp owns 16 hidden rows of one expert. Bytes: H*I*2 per distinct expert.
 //
 // direct:  a block serves 16 rows of one token: all its slots and quarters at once (up to 32 warps), combined in shared
 //          memory, one launch, nothing written but the output.
-// grouped: a block serves 16 rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
-//          to scratch (it stays in L2); combine_slots adds them up.
+// grouped: a block serves 64 rows of one expert, 16 a warp, for all its routes, 8 or 16 at a time, and writes v[t,k,h] in
+//          FP32 to scratch (it stays in L2); combine_slots adds them up. A warp streams whole rows: with a quarter each,
+//          a block of 16 rows had only 24 KB to read (I = 768) and spent its time starting and meeting.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
 #include "device.cuh"
 #include "launch.cuh"
@@ -42,10 +43,10 @@ __global__ void __launch_bounds__(32 * kQuarters *kParallelSlots)
     const T *row_low = weights + (int64_t)(first_row + g) * s.intermediate;
     const T *row_high = weights + (int64_t)min(first_row + g + 8, s.hidden - 1) * s.intermediate;
     const T *const column[1] = {(const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate + 8 * t};
-    float c[2][1][4] = {};
-    stream_dot<T, 1, 2, 2, 1>(c, row_low, row_high, column, s.intermediate, quarter_begin(s.intermediate, quarter),
-                              quarter_begin(s.intermediate, quarter + 1), lane_limit(s.intermediate, t),
-                              [&] { if (dependent) wait_for_previous_grid(); });
+    float c[2][1][4];
+    stream_dot<T, 1, 2, 1, 2, 1>(c, row_low, row_high, column, s.intermediate, s.intermediate, quarter, [&] {
+      if (dependent) wait_for_previous_grid();
+    });
     if (t == 0) // all eight columns are the same route
 #pragma unroll
       for (int part = 0; part < 2; part++) {
@@ -68,60 +69,42 @@ __global__ void __launch_bounds__(32 * kQuarters *kParallelSlots)
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
 }
 
-// One 16-row tile of one expert against 8*TILES routes, as gate_up_tile in gate_up.cu.
+// 16 rows of one expert against 8*TILES routes by one warp alone: the whole row, no other warp to wait for.
 template <class T, int TILES, int AHEAD>
 __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *expert, int first_row,
-                                          const int32_t *routes, int count, float4 *partial, bool wait) {
+                                          const int32_t *routes, int count, bool wait) {
   const wd_moe_shape &s = args.shape;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, quarter = threadIdx.x / 32 % kQuarters;
-  const T *row_low = expert + (int64_t)(first_row + g) * s.intermediate + 8 * t;
-  const T *row_high = expert + (int64_t)min(first_row + g + 8, s.hidden - 1) * s.intermediate + 8 * t;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int row = first_row + g; // rows past H repeat the last one; they are never stored
+  const T *row_low = expert + (int64_t)min(row, s.hidden - 1) * s.intermediate + 8 * t;
+  const T *row_high = expert + (int64_t)min(row + 8, s.hidden - 1) * s.intermediate + 8 * t;
   const T *column[TILES];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
     column[tile] = (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
-  float c[2][TILES][4] = {};
-  stream_dot<T, TILES, 2, AHEAD, 1>(c, row_low, row_high, column, s.intermediate,
-                                    quarter_begin(s.intermediate, quarter),
-                                    quarter_begin(s.intermediate, quarter + 1), lane_limit(s.intermediate, t),
-                                    [&] { if (wait) wait_for_previous_grid(); });
+  float c[2][TILES][4];
+  stream_dot<T, TILES, 2, kWhole, AHEAD, 1>(c, row_low, row_high, column, s.intermediate, s.intermediate, 0, [&] {
+    if (wait) wait_for_previous_grid();
+  });
 #pragma unroll
-  for (int part = 0; part < 2; part++)
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      const float(&v)[4] = c[part][tile];
-      partial[((quarter * 2 + part) * TILES + tile) * 32 + lane] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-  __syncthreads();
-  for (int tile = quarter; tile < TILES; tile += kQuarters) {
-    float4 v[2];
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-      float4 q[kQuarters];
-#pragma unroll
-      for (int i = 0; i < kQuarters; i++) q[i] = partial[((i * 2 + part) * TILES + tile) * 32 + lane];
-      v[part] = make_float4(add_quarters(q[0].x, q[1].x, q[2].x, q[3].x), add_quarters(q[0].y, q[1].y, q[2].y, q[3].y),
-                            add_quarters(q[0].z, q[1].z, q[2].z, q[3].z), add_quarters(q[0].w, q[1].w, q[2].w, q[3].w));
-    }
-    const float low_row[2] = {join_parts<T>(v[0].x, v[1].x), join_parts<T>(v[0].y, v[1].y)};
-    const float high_row[2] = {join_parts<T>(v[0].z, v[1].z), join_parts<T>(v[0].w, v[1].w)};
+  for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int column_index = 8 * tile + 2 * t + j;
       if (column_index >= count) continue;
-      float *out = (float *)args.scratch + (int64_t)routes[column_index] * s.hidden + first_row + g;
-      out[0] = low_row[j];
-      if (first_row + 8 < s.hidden) out[8] = high_row[j];
+      float *out = (float *)args.scratch + (int64_t)routes[column_index] * s.hidden + row;
+      if (row < s.hidden) out[0] = join_parts<T>(c[0][tile][j], c[1][tile][j]);
+      if (row + 8 < s.hidden) out[8] = join_parts<T>(c[0][tile][2 + j], c[1][tile][2 + j]);
     }
-  }
 }
 
-// grid (H / 16, experts, splits of long lists), block 32 * kQuarters; scratch: v[T*K, H]
+constexpr int kRowWarps = 4; // warps of a grouped block, each with 16 rows of its own
+
+// grid (H / 64, experts, splits of long lists), block 32 * kRowWarps; scratch: v[T*K, H]
 template <class T>
-__global__ void __launch_bounds__(32 * kQuarters, 4)
+__global__ void __launch_bounds__(32 * kRowWarps, 4)
     down_grouped(const wd_down_args args, RouteLists lists, bool dependent) {
-  __shared__ float4 partial[2 * kQuarters * 4 * 32];
-  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kQuarters];
+  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kRowWarps];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
@@ -134,18 +117,16 @@ __global__ void __launch_bounds__(32 * kQuarters, 4)
     count = search_routes(args.topk_ids, s.id_bytes, (int)s.tokens * s.top_k, expert, s.experts, searched, warp_counts);
   }
   const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate;
+  const int first_row = (blockIdx.x * kRowWarps + threadIdx.x / 32) * 16;
   bool wait = dependent;
-  for (int first = 32 * blockIdx.z; first < count; first += 32 * gridDim.z) {
-    const int left = min(32, count - first);
-    if (left > 16) {
-      down_tile<T, 4, 2>(args, weights, blockIdx.x * 16, routes + first, left, partial, wait);
-    } else if (left > 8) {
-      down_tile<T, 2, 3>(args, weights, blockIdx.x * 16, routes + first, left, partial, wait);
+  for (int first = 16 * blockIdx.z; first < count; first += 16 * gridDim.z) {
+    const int left = min(16, count - first);
+    if (left > 8) {
+      down_tile<T, 2, 2>(args, weights, first_row, routes + first, left, wait);
     } else {
-      down_tile<T, 1, 3>(args, weights, blockIdx.x * 16, routes + first, left, partial, wait);
+      down_tile<T, 1, 4>(args, weights, first_row, routes + first, left, wait);
     }
     wait = false;
-    __syncthreads(); // partial is written again
   }
   // One block always waits, work or not, so that the end of this grid implies the end of gate_up for whatever follows.
   // The other empty blocks leave at once: waiting, they would keep the SMs from those that have weights to load.
@@ -185,18 +166,17 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool depende
   bool early_launch;
   WD_TRY(serves_dependent_launch(&early_launch));
   dependent = dependent && early_launch;
-  const int row_blocks = (s.hidden + 15) / 16;
   if (schedule == WD_CUDA_DIRECT) {
     const int rounds = (s.top_k + kParallelSlots - 1) / kParallelSlots, slots = (s.top_k + rounds - 1) / rounds;
-    return launch("down_direct", down_direct<T>, dim3(row_blocks, (unsigned)s.tokens), dim3(32 * kQuarters * slots), 0,
+    return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens), dim3(32 * kQuarters * slots), 0,
                   stream, dependent, args, dependent);
   }
   const size_t v_bytes = align16((size_t)s.tokens * s.top_k * s.hidden * sizeof(float));
   RouteLists lists;
   WD_TRY(sort_routes(s, args.topk_ids, (char *)args.scratch + v_bytes, stream, &lists));
   if (lists.offsets) dependent = false; // the grid before is sort_routes now, which never lets another start early
-  WD_TRY(launch("down_grouped", down_grouped<T>, dim3(row_blocks, s.experts, list_splits(s)), dim3(32 * kQuarters), 0,
-                stream, dependent, args, lists, dependent));
+  WD_TRY(launch("down_grouped", down_grouped<T>, dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
+                dim3(32 * kRowWarps), 0, stream, dependent, args, lists, dependent));
   const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
   return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);
 }

@@ -58,6 +58,10 @@ wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
   return absent();
 }
 
+int wd_cuda_usable(void) {
+  return 0;
+}
+
 int32_t wd_cuda_runtime_version(void) {
   return 0;
 }

@@ -32,9 +32,7 @@ int wd_kernel_at(int32_t index, wd_kernel *kernel) {
 }
 
 int wd_kernel_usable(const wd_kernel *kernel) {
-  int32_t devices = 0;
-  if (kernel->device_type == kDLCPU) return wd_cpu_isa_usable(kernel->isa);
-  return wd_cuda_device_count(&devices) == WD_OK && devices > 0;
+  return kernel->device_type == kDLCPU ? wd_cpu_isa_usable(kernel->isa) : wd_cuda_usable();
 }
 
 static int fits(const wd_kernel *kernel, const wd_moe_shape *shape) {
@@ -70,5 +68,7 @@ wd_status wd_choose_kernel(int32_t device_type, const wd_moe_shape *shape, const
         (kernel->schedule == WD_CUDA_DIRECT) == (prefers_direct(shape) && shape->top_k <= WD_CUDA_DIRECT_MAX_TOP_K))
       return WD_OK;
   }
-  return wd_fail(WD_NO_CUDA, "no kernel of this build serves device type %d", (int)device_type);
+  /* Only a CPU-only build lacks a row, for CUDA tensors; its CUDA side says how to get a build that has them. */
+  int32_t devices = 0;
+  return wd_cuda_device_count(&devices);
 }

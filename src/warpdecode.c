@@ -7,7 +7,7 @@
 /* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each, 1 GB); larger calls
  * run pass after pass. That bounds the workspace and costs nothing: a pass this large reads the experts for hundreds of
  * tokens each. */
-enum { ROUTES_PER_PASS = 32768, VALUES_PER_PASS = 1 << 28, MAX_TOP_K = 1024, MAX_EXPERTS = 65535 };
+enum { ROUTES_PER_PASS = 32768, VALUES_PER_PASS = 1 << 28, MAX_TOP_K = 1024, MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
 
 /* A checked call. Tensors an operation does not have are NULL. */
 typedef struct {
@@ -72,10 +72,10 @@ static wd_status check_experts(call *c, const wd_moe_experts *experts) {
   const int64_t experts_count = gate_up->shape[0], rows = gate_up->shape[1], hidden = gate_up->shape[2];
   WD_CHECK(experts_count >= 1 && experts_count <= MAX_EXPERTS, WD_INVALID_ARGUMENT,
            "gate_up_proj: number of experts was %lld, expected 1 to %d", (long long)experts_count, MAX_EXPERTS);
-  WD_CHECK(hidden >= 8 && hidden % 8 == 0 && hidden <= INT32_MAX / 4, WD_UNSUPPORTED,
-           "gate_up_proj: hidden size H was %lld, expected a multiple of 8", (long long)hidden);
-  WD_CHECK(rows >= 16 && rows % 16 == 0 && rows <= INT32_MAX / 4, WD_UNSUPPORTED,
-           "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8", (long long)rows);
+  WD_CHECK(hidden >= 8 && hidden % 8 == 0 && hidden <= MAX_SIZE, WD_UNSUPPORTED,
+           "gate_up_proj: hidden size H was %lld, expected a multiple of 8 from 8 to %d", (long long)hidden, MAX_SIZE);
+  WD_CHECK(rows >= 16 && rows % 16 == 0 && rows / 2 <= MAX_SIZE, WD_UNSUPPORTED,
+           "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8 from 8 to %d", (long long)rows, MAX_SIZE);
   WD_TRY(wd_check_float(gate_up, "gate_up_proj", c->device.device_type == kDLCPU, &c->shape.dtype));
   WD_TRY(wd_check_data(gate_up, "gate_up_proj", 16));
   const int64_t down_shape[3] = {experts_count, hidden, rows / 2};
@@ -243,6 +243,10 @@ wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_token
   WD_TRY(check_experts(&c, experts));
   WD_CHECK(num_tokens >= 0, WD_INVALID_ARGUMENT, "num_tokens: was %lld, expected 0 or more", (long long)num_tokens);
   WD_TRY(check_top_k(top_k));
+#ifndef WD_WITH_CUDA
+  int32_t devices = 0;
+  if (c.device.device_type == kDLCUDA) return wd_cuda_device_count(&devices); /* says how to get a build with CUDA */
+#endif
   c.shape.tokens = num_tokens;
   c.shape.top_k = (int32_t)top_k;
   *bytes = workspace_bytes(&c.shape, c.device.device_type);
@@ -294,7 +298,7 @@ wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLTensor *
 
 wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options) {
   WD_CHECK(memory != NULL && memory->ndim >= 0 && memory->ndim <= 8, WD_INVALID_ARGUMENT,
-           "memory: expected a compact tensor of at most 8 axes");
+           "memory: was %s, expected a compact tensor of at most 8 axes", memory == NULL ? "NULL" : "of another rank");
   const int64_t any[8] = {WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY};
   WD_TRY(wd_check_shape(memory, "memory", memory->ndim, any, "[...]"));
   WD_TRY(wd_check_data(memory, "memory", 16));
@@ -302,7 +306,7 @@ wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const
   const size_t bytes = wd_tensor_bytes(memory);
   WD_CHECK(bytes % 16 == 0, WD_INVALID_ARGUMENT, "memory: had %zu bytes, expected a multiple of 16", bytes);
   WD_CHECK(sink != NULL && (uintptr_t)sink % 16 == 0, WD_INVALID_ARGUMENT,
-           "sink: expected 16 bytes, aligned to 16, on the device of memory");
+           "sink: was %p, expected 16 bytes, aligned to 16, on the device of memory", sink);
   if (bytes == 0) return WD_OK;
   if (memory->device.device_type == kDLCPU || memory->device.device_type == kDLCUDAHost) {
     wd_read_cpu(wd_tensor_data(memory), bytes, sink, options != NULL ? options->threads : NULL);

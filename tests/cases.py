@@ -6,25 +6,13 @@ import numpy as np
 import torch
 
 import reference
+from warpdecode.shapes import SHAPES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Real layers (experts E, slots K, hidden H, intermediate I), with E cut where a test need not hold them all: the kernels'
-# paths depend on H, I, K and the routes, and only the number of blocks on E.
-MODEL_SHAPES = {
-    "qwen3-30b-a3b": (128, 8, 2048, 768),
-    "gemma4-26b-a4b": (128, 8, 2816, 704),
-    "qwen3.5-35b-a3b": (256, 8, 2048, 512),
-    "olmoe-1b-7b": (64, 8, 2048, 1024),
-    "glm-4.5-air": (128, 8, 4096, 1408),
-    "phi-3.5-moe": (16, 2, 4096, 6400),
-    "mixtral-8x7b": (8, 2, 4096, 14336),
-    "qwen3-next": (512, 10, 2048, 512),
-    "deepseek-v3": (256, 8, 7168, 2048),
-    "granite-3b": (40, 8, 1536, 512),
-    "nemotron-like": (128, 6, 2688, 1856),
-    "jamba-mini": (16, 2, 4096, 14336),
-}
+# Real layers (E, K, H, I); tests cut E where they need not hold them all: the kernels' paths depend on H, I, K and the
+# routes, and only the number of blocks on E.
+MODEL_SHAPES = {s.name: (s.experts, s.top_k, s.hidden, s.intermediate) for s in SHAPES.values()}
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
 import warpdecode
 from warpdecode.hf import WarpDecodeFallbackWarning
 
@@ -174,6 +175,31 @@ def prompt(seed: int = 1) -> torch.Tensor:
 def experts_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The experts modules in the order in which they run."""
     return [m for m in model.modules() if type(m).__name__.endswith("Experts") and hasattr(m, "down_proj")]
+
+
+EXPERTS, HIDDEN = 8, 64
+
+
+def experts_layer(implementation: str = "grouped_mm", **config) -> torch.nn.Module:
+    """One Qwen3-MoE experts module on its own, without gradients, with the config fields given."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    fields = {"hidden_size": HIDDEN, "moe_intermediate_size": 32, "num_experts": EXPERTS, "num_experts_per_tok": 2}
+    full = Qwen3MoeConfig(**fields | config)
+    full._experts_implementation = implementation
+    layer = Qwen3MoeExperts(full)
+    torch.manual_seed(0)
+    randomise(layer)
+    return layer.requires_grad_(False)
+
+
+def layer_inputs(tokens: int = 5, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """(hidden states, expert ids, routing weights) for one experts module with 8 experts and a hidden size of 64."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.rand(tokens, EXPERTS, generator=generator).topk(2).indices
+    weights = torch.rand(tokens, 2, generator=generator)
+    return torch.randn(tokens, HIDDEN, generator=generator).to(dtype), ids, weights
 
 
 @contextmanager

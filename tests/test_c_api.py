@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 import warpdecode
 
 PACKAGE = Path(warpdecode.__file__).parent

@@ -1,8 +1,9 @@
 """The table that says which layer takes which path."""
 
-import hf_models
 import pytest
 import torch
+
+import hf_models
 import warpdecode.hf
 
 

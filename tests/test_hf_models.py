@@ -1,8 +1,9 @@
 """Whole transformers models, served by the kernels, against transformers' own eager path."""
 
-import hf_models
 import pytest
 import torch
+
+import hf_models
 import warpdecode.hf
 
 FAMILIES = sorted(hf_models.FAMILIES)

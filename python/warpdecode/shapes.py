@@ -38,6 +38,7 @@ SHAPES = {
         Shape("deepseek-v3", 256, 8, 7168, 2048),
         Shape("granite-3b", 40, 8, 1536, 512),
         Shape("ernie4.5-21b", 64, 6, 2560, 1536),
+        Shape("nemotron-h-like", 128, 6, 2688, 1856),
         Shape("jamba-mini", 16, 2, 4096, 14336),
     )
 }

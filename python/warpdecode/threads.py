@@ -35,7 +35,7 @@ def set_num_threads(count: int) -> None:
 
     The default is WARPDECODE_NUM_THREADS, else OMP_NUM_THREADS, else the processors that this process may use.
     """
-    global _count, _pool  # noqa: PLW0603
+    global _count, _pool
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"count: was {count!r}, expected a whole number of at least 1")
     with _lock:

@@ -48,6 +48,8 @@ def _find(kind: type, name: str):
         root = kind.__module__.partition(".")[0]
         if root in ("jax", "jaxlib"):
             module = "_jax"
+        elif root == "cupy":
+            module = "_cupy"
         elif hasattr(kind, "__dlpack__"):
             module = "_array_api"
         else:

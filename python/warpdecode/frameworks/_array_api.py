@@ -1,13 +1,12 @@
-"""CuPy and every other array that speaks DLPack and the array API standard (`__array_namespace__`)."""
+"""Every other array that speaks DLPack; outputs through the array API standard (`__array_namespace__`). CPU memory only:
+a framework without an adapter of its own does not say which stream is current."""
 
 from __future__ import annotations
 
 from warpdecode._ffi import lib
 from warpdecode.frameworks import _capsule, _numpy
-from warpdecode.slots import Slot
 
 _CUDA = int(lib.kDLCUDA)
-_LEGACY_DEFAULT = 1  # DLPack's name for CUDA's legacy default stream, which is 0 to CUDA itself
 
 
 def _namespace(array):
@@ -20,23 +19,18 @@ def _namespace(array):
 
 
 def stream(like):
-    """The current stream of the array's framework."""
-    if int(like.__dlpack_device__()[0]) != _CUDA:
-        return 0
-    if type(like).__module__.partition(".")[0] == "cupy":
-        import cupy
-
-        return cupy.cuda.get_current_stream().ptr
-    raise ValueError(
-        f"hidden_states: was a CUDA array of {type(like).__module__}, whose current stream is unknown here; expected "
-        "torch, CuPy or JAX, or memory on the CPU"
-    )
+    """No streams on the CPU."""
+    return 0
 
 
 def bind(slot, array, writable=False):
-    """Borrow the array's DLTensor, ordered behind its producer on the current stream."""
-    on_cuda = int(array.__dlpack_device__()[0]) == _CUDA
-    _capsule.bind(slot, array, writable, (stream(array) or _LEGACY_DEFAULT) if on_cuda else None)
+    """Borrow the array's DLTensor."""
+    if int(array.__dlpack_device__()[0]) == _CUDA:
+        raise ValueError(
+            f"{slot.name}: was a CUDA array of {type(array).__module__}, whose current stream is unknown here; expected "
+            "torch, CuPy or JAX, or memory on the CPU"
+        )
+    _capsule.bind(slot, array, writable, None)
 
 
 def guard(**arrays):
@@ -60,7 +54,7 @@ def empty(shape, like):
 
 def empty_like(like):
     """A fresh, uninitialised array of the same shape."""
-    return empty(like.shape, like)
+    return _namespace(like).empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def bind_output(slot, output):
@@ -68,15 +62,7 @@ def bind_output(slot, output):
     bind(slot, output, writable=True)
 
 
-def workspace(size, like):
-    """From the framework's own allocator on CUDA, where memory is aligned; plain memory on the CPU."""
-    if int(like.__dlpack_device__()[0]) != _CUDA:
-        return _numpy.workspace(size, like)
-    xp = _namespace(like)
-    owner = xp.empty(size, dtype=xp.uint8, device=like.device)
-    slot = Slot("workspace")
-    bind(slot, owner)
-    return slot.address, (owner, slot)
+workspace = _numpy.workspace
 
 
 def finish(output):

@@ -49,12 +49,13 @@ def is_fp8(module: torch.nn.Module) -> bool:
 
 
 def weights_of(module: torch.nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
-    """(gate_up_proj, down_proj, kept): the weights as they are now. `kept` is false when one is computed on access, as
-    under a LoRA parametrization; such a tensor is ours for this call only and must not be held."""
+    """(gate_up_proj, down_proj, kept): the weights as they are now. `kept` is false when they are ours for this call
+    only and must not be held: computed on access, as under a LoRA parametrization, or brought to the device by an
+    accelerate hook, whose offloading would free nothing if we held them."""
     parameters = module._parameters
     gate_up, down = parameters.get("gate_up_proj"), parameters.get("down_proj")
     if gate_up is not None and down is not None:
-        return gate_up, down, True
+        return gate_up, down, "_hf_hook" not in module.__dict__
     return getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None), False
 
 

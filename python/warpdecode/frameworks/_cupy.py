@@ -1,0 +1,62 @@
+"""CuPy arrays: through their DLPack capsules, on CuPy's current stream."""
+
+from __future__ import annotations
+
+import cupy
+
+from warpdecode.frameworks import _capsule
+
+_LEGACY_DEFAULT = 1  # DLPack's name for CUDA's legacy default stream, which is 0 to CUDA itself
+
+
+def bind(slot, array, writable=False):
+    """Borrow the array's DLTensor, ordered on the current stream."""
+    _capsule.bind(slot, array, writable, stream(array) or _LEGACY_DEFAULT)
+
+
+def guard(**arrays):
+    """CuPy arrays carry no gradients."""
+
+
+def moved(slot, array):
+    """A CuPy array stays where it is."""
+    return False
+
+
+def hold(array):
+    """What keeps the described memory alive."""
+    return array
+
+
+def empty(shape, like):
+    """A fresh, uninitialised array on the device of `like`."""
+    with like.device:
+        return cupy.empty(shape, dtype=like.dtype)
+
+
+def empty_like(like):
+    """The same with the shape of `like`."""
+    return empty(like.shape, like)
+
+
+def bind_output(slot, output):
+    """Describe an output that `empty` made."""
+    bind(slot, output, writable=True)
+
+
+def workspace(size, like):
+    """From CuPy's memory pool, in the order of the current stream."""
+    with like.device:
+        owner = cupy.empty(size, dtype=cupy.uint8)
+    return owner.data.ptr, owner
+
+
+def stream(like):
+    """CuPy's current stream on the array's device."""
+    with like.device:
+        return cupy.cuda.get_current_stream().ptr
+
+
+def finish(output):
+    """Nothing to do."""
+    return output

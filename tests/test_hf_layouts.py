@@ -1,0 +1,104 @@
+"""Experts the kernels can never serve, whatever their weights: said, or raised, when the model is patched."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import hf_models
+import warpdecode.hf
+from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
+
+
+def _raises_when_patched(model: torch.nn.Module, pattern: str) -> None:
+    before = {name: (id(m.__dict__.get("config")), set(m.__dict__)) for name, m in model.named_modules()}
+    with pytest.raises(WarpDecodeFallbackError, match=pattern):
+        warpdecode.hf.patch(model, strict=True)
+    with pytest.warns(WarpDecodeFallbackWarning, match=pattern) as said:
+        assert warpdecode.hf.patch(model) is model
+    assert len(said) == 1
+    assert before == {name: (id(m.__dict__.get("config")), set(m.__dict__)) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "pattern"),
+    [
+        ("is_transposed", True, "stored transposed"),
+        ("is_concatenated", False, "interleaved"),
+        ("has_bias", True, "biases"),
+        ("has_gate", False, "no gate projection"),
+        ("has_post_expert_norm", True, "normalises each expert's output"),
+    ],
+)
+def test_another_layout(flag, value, pattern):
+    layer = hf_models.experts_layer()
+    setattr(layer, flag, value)
+    _raises_when_patched(layer, pattern)
+
+
+def test_gpt_oss_as_it_is():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    fields = {"num_hidden_layers": 2, "num_local_experts": 4, "hidden_size": 32, "intermediate_size": 32}
+    config = GptOssConfig(**fields, num_attention_heads=2, num_key_value_heads=2, head_dim=16, vocab_size=50)
+    model = GptOssForCausalLM(config)
+    _raises_when_patched(model, "none of the 2 .*GptOssExperts: its weights are stored transposed")
+    warpdecode.hf.register()
+    model.set_experts_implementation("warp_decode")
+    with pytest.warns(WarpDecodeFallbackWarning, match="GptOssExperts.*transposed"), torch.no_grad():
+        model(torch.arange(6)[None])
+
+
+def test_a_class_outside_the_experts_interface():
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    config = Llama4TextConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=1)
+    _raises_when_patched(
+        Llama4TextMoe(config), "Llama4TextExperts: its class does not use transformers' experts interf"
+    )
+
+
+def test_a_model_without_experts():
+    _raises_when_patched(torch.nn.Linear(8, 8), "Linear has no Mixture-of-Experts layers")
+
+
+def test_transformers_fp8_experts():
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, replace_with_fp8_linear
+
+    model = hf_models.build("qwen3_moe", implementation="grouped_mm")
+    quantization = SimpleNamespace(
+        dequantize=False, weight_block_size=(32, 32), activation_scheme="dynamic", scale_fmt="float", expert_dtype="fp8"
+    )
+    replace_with_fp8_linear(model, quantization_config=quantization)
+    experts = hf_models.experts_modules(model)[0]
+    assert type(experts).__name__ == "FP8Experts"
+    _raises_when_patched(model, "FP8Experts: its weights are block-scaled FP8")
+    # By name the FP8 experts have a registry of their own; without our name in it they would end in a KeyError.
+    warpdecode.hf.register()
+    experts.config._experts_implementation = "warp_decode"
+    ran = []
+    own = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"]
+    ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"] = lambda self, *inputs: ran.append(self)  # Triton and a GPU otherwise
+    try:
+        with pytest.warns(WarpDecodeFallbackWarning, match=r"FP8Experts takes its own path \(grouped_mm\)"):
+            experts(*hf_models.layer_inputs())
+    finally:
+        ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"] = own
+    assert ran == [experts]
+
+
+def test_a_model_that_can_be_served_in_part():
+    model = torch.nn.ModuleList([hf_models.experts_layer(), hf_models.experts_layer(hidden_act="relu")])
+    with pytest.raises(WarpDecodeFallbackError, match="its gate computes neither"):
+        warpdecode.hf.patch(model, strict=True)
+    with hf_models.counted_kernel_calls() as served:
+        for module in model:
+            module(*hf_models.layer_inputs())
+        assert not served, "a strict patch that raised has patched something"
+        with pytest.warns(WarpDecodeFallbackWarning, match="its gate computes neither"):
+            warpdecode.hf.patch(model)
+        with hf_models.no_fallback():
+            for module in model:
+                module(*hf_models.layer_inputs())
+    assert len(served) == 1
