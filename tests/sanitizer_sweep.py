@@ -1,8 +1,8 @@
 """A small sweep over every CUDA kernel, for compute-sanitizer; not collected by pytest.
 
-    for tool in memcheck racecheck initcheck synccheck; do
-        compute-sanitizer --tool $tool --error-exitcode 9 python tests/sanitizer_sweep.py
-    done
+for tool in memcheck racecheck initcheck synccheck; do
+    compute-sanitizer --tool $tool --error-exitcode 9 python tests/sanitizer_sweep.py
+done
 """
 
 import torch

@@ -42,9 +42,7 @@ def test_every_kernel(device, shape):
         layer = make_layer(experts, hidden, intermediate, dtype, device)
         for tokens in (1, 5, 40):
             call = make_tokens(layer, tokens, top_k, seed=tokens, routing="zipf")
-            outputs = [
-                warpdecode.Experts(layer.gate_up, layer.down, kernel=name)(*call) for name in kernels_of(device)
-            ]
+            outputs = [warpdecode.Experts(layer.gate_up, layer.down, kernel=name)(*call) for name in kernels_of(device)]
             assert all(torch.equal(outputs[0], other) for other in outputs[1:]), (dtype, tokens)
 
 

@@ -70,7 +70,7 @@ def test_jax(name):
     found = warpdecode.moe(*arrays)
     assert isinstance(found, jax.Array)
     assert same_bits(np.asarray(found), expected)
-    with pytest.raises(ValueError, match="out: was a jax.Array, which is immutable"):
+    with pytest.raises(ValueError, match=r"out: was a jax.Array, which is immutable"):
         warpdecode.moe(*arrays, out=arrays[0])
     with pytest.raises(ValueError, match="tracer"):
         jax.jit(lambda x: warpdecode.moe(x, *arrays[1:]))(arrays[0])
@@ -124,7 +124,7 @@ def test_any_producer():
     out = np.zeros((5, 96), np.float32)
     warpdecode.moe(*(Producer(to_numpy(t)) for t in inputs), out=out)
     assert same_bits(out, expected)
-    with pytest.raises(ValueError, match="out: must be given for a test_frameworks.Producer"):
+    with pytest.raises(ValueError, match=r"out: must be given for a test_frameworks.Producer"):
         warpdecode.moe(*(Producer(to_numpy(t)) for t in inputs))
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out: was read-only"):
@@ -141,7 +141,7 @@ def test_torch_refusals():
         warpdecode.moe(x, ids, weights, torch.nn.Parameter(gate_up), down)
     with pytest.raises(ValueError, match="hidden_states: was on meta"):
         warpdecode.moe(x.to("meta"), ids, weights, gate_up, down)
-    with pytest.raises(ValueError, match="subclass of torch.Tensor"):
+    with pytest.raises(ValueError, match=r"subclass of torch.Tensor"):
         warpdecode.moe(torch.Tensor._make_subclass(type("Sub", (torch.Tensor,), {}), x), ids, weights, gate_up, down)
     with pytest.raises(ValueError, match="activation: was 'relu', expected one of 'silu', 'gelu_tanh'"):
         warpdecode.moe(x, ids, weights, gate_up, down, activation="relu")
@@ -212,4 +212,4 @@ def test_call_overhead():
             for _ in range(500):
                 call(*inputs)
             rounds.append((time.thread_time() - start) / 500)
-    assert min(rounds) < 10e-6, f'{min(rounds) * 1e6:.1f} us'
+    assert min(rounds) < 10e-6, f"{min(rounds) * 1e6:.1f} us"

@@ -3,8 +3,8 @@
     import warpdecode
     out = warpdecode.moe(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj)
 
-`Experts` keeps a layer's description between calls, `warpdecode.hf` patches Hugging Face models, `warpdecode.info()` says
-what this build and this machine offer.
+`Experts` keeps a layer's description between calls, `warpdecode.hf` patches Hugging Face models, `warpdecode.info()`
+says what this build and this machine offer.
 """
 
 from warpdecode.build_info import (

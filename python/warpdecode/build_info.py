@@ -120,8 +120,8 @@ def info() -> str:
         lines.append(f"devices    none: {reason}")
     for device in cuda_devices():
         lines.append(
-            f"device {device.index}   {device.name}, compute capability {device.compute_capability}, {device.num_sms} SMs, "
-            f"{device.memory_bytes / 2**30:.0f} GiB, L2 {device.l2_bytes / 2**20:.0f} MiB, driver for CUDA "
+            f"device {device.index}   {device.name}, compute capability {device.compute_capability}, "
+            f"{device.num_sms} SMs, {device.memory_bytes / 2**30:.0f} GiB, L2 {device.l2_bytes / 2**20:.0f} MiB, driver for CUDA "
             f"{device.driver_cuda}"
         )
     lines.append("kernels    (best first; all of a device give the same bits)")

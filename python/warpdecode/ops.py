@@ -12,8 +12,8 @@ ACTIVATIONS = {"silu": lib.WD_ACTIVATION_SILU, "gelu_tanh": lib.WD_ACTIVATION_GE
 _forward = lib.wd_moe_forward
 _workspace_size = lib.wd_moe_workspace_size
 
-# A CPU call has ended when it returns, so its workspace can serve the next one; up to this size a frame keeps it. On CUDA
-# the framework's allocator makes one for each call: it knows streams and graph capture.
+# A CPU call has ended when it returns, so its workspace can serve the next one; up to this size a frame keeps it. On
+# CUDA the framework's allocator makes one for each call: it knows streams and graph capture.
 _KEPT_WORKSPACE_BYTES = 1 << 20
 
 
@@ -38,14 +38,15 @@ class Experts:
         gate_up_proj: [E, 2I, H], rows gate(0..I-1) then up(0..I-1); bfloat16 or float16, on the CPU also float32.
         down_proj: [E, H, I], same dtype and device.
         activation: "silu" or "gelu_tanh", applied to gate.
-        kernel: the name of a row of `warpdecode.kernels()` to use instead of the one that would be chosen; for tests and
-            benchmarks, since all of a device's kernels give the same bits.
+        kernel: the name of a row of `warpdecode.kernels()` to use instead of the one that would be chosen; for tests
+            and benchmarks, since all of a device's kernels give the same bits.
 
     The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps them
     alive. It may be called from several threads. H and I are multiples of 8; arrays are contiguous.
 
     The result of a call, for token t (the layer of https://arxiv.org/abs/2401.04088, section 2.1):
-        out[t] = sum_k topk_weights[t,k] * down_proj[e] @ (activation(gate[e] @ x[t]) * (up[e] @ x[t])),  e = topk_ids[t,k]
+        e = topk_ids[t,k]
+        out[t] = sum_k topk_weights[t,k] * down_proj[e] @ (activation(gate[e] @ x[t]) * (up[e] @ x[t]))
     """
 
     def __init__(self, gate_up_proj, down_proj, *, activation: str = "silu", kernel: str | None = None):
@@ -99,7 +100,7 @@ class Experts:
             hidden_states: [T, H], dtype and device of the weights. T may be 0.
             topk_ids: [T, K], int32 or int64. Ids outside [0, E) contribute nothing.
             topk_weights: [T, K], float32, bfloat16 or float16.
-            out: an array [T, H] to write to; it must not overlap an input. None: a fresh array of the caller's framework.
+            out: an array [T, H] to write to; it must not overlap an input. None: a fresh one of the caller's framework.
 
         Returns `out`. On CUDA the work is enqueued on the current stream of hidden_states' framework.
         Raises ValueError for bad arguments, naming the argument; RuntimeError where CUDA fails or is missing.

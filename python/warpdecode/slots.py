@@ -10,7 +10,7 @@ from warpdecode._ffi import ffi
 
 MAX_AXES = 8
 
-# dtype name -> DLPack (code, bits). More than the library serves: the rest is refused by the library, with its sentence.
+# dtype name -> DLPack (code, bits). More than the library serves: it refuses the rest, with its own sentence.
 DTYPES = {
     "float16": (2, 16),
     "float32": (2, 32),
@@ -49,7 +49,7 @@ class Slot:
         if len(shape) > MAX_AXES:
             raise ValueError(f"{self.name}: had {len(shape)} axes, expected at most {MAX_AXES}")
         if dtype not in DTYPES:
-            raise ValueError(f"{self.name}: dtype was {dtype}, expected bfloat16, float16 or float32 (ids: int32 or int64)")
+            raise ValueError(f"{self.name}: dtype was {dtype}, expected bfloat16, float16, float32 (ids: int32, int64)")
         if self.keep is not None or self.tensor is None:  # borrowed from a capsule before, or never bound
             self.keep = None
             self.tensor = ffi.new("DLTensor *")

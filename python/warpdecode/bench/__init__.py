@@ -17,12 +17,12 @@ from warpdecode.shapes import SHAPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("--shapes", default="qwen3-30b-a3b", help=f"comma-separated names of {', '.join(SHAPES)}, or all")
+    parser.add_argument("--shapes", default="qwen3-30b-a3b", help=f"all, or names of {', '.join(SHAPES)}")
     parser.add_argument("--tokens", default="1,4,16", help="comma-separated numbers of tokens T (default %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16", help="comma-separated: bfloat16, float16, float32 (CPU only)")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where it is usable")
     parser.add_argument("--routing", default="uniform", choices=["uniform", "zipf"], help="how experts are drawn")
-    parser.add_argument("--kernels", default="", help="comma-separated rows of `warpdecode info` to force and time, too")
+    parser.add_argument("--kernels", default="", help="rows of `warpdecode info` to force and time, too")
     parser.add_argument("--repeats", type=int, default=20, help="measurements per figure (default %(default)s)")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' paths out")
     parser.add_argument("--seed", type=int, default=0)
@@ -73,16 +73,26 @@ def run(args: argparse.Namespace) -> int:
     names = list(SHAPES) if args.shapes == "all" else args.shapes.split(",")
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
-        print(f"warpdecode bench: --shapes was {', '.join(unknown)}, expected names of {', '.join(SHAPES)}", file=sys.stderr)
+        print(f"warpdecode bench: --shapes was {', '.join(unknown)}, expected {', '.join(SHAPES)}", file=sys.stderr)
         return 2
     kernels = [name for name in args.kernels.split(",") if name]
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
-    header = ("T", "distinct MB", "read ceiling", "ours", "of ceiling", *kernels, "fastest peer", "ratio", "error/floor")
+    columns = (
+        "T",
+        "distinct MB",
+        "read ceiling",
+        "ours",
+        "of ceiling",
+        *kernels,
+        "fastest peer",
+        "ratio",
+        "error/floor",
+    )
     for name in names:
         for dtype in args.dtypes.split(","):
             print(f"\n{SHAPES[name]}, {dtype}, {args.routing} routing, {device}; medians in microseconds")
-            print(" ".join(f"{column:>13}" for column in header))
+            print(" ".join(f"{column:>13}" for column in columns))
             rows = measure(
                 SHAPES[name], dtype, [int(t) for t in args.tokens.split(",")], device, args.routing, kernels,
                 repeats=args.repeats, peers=not args.no_peers, seed=args.seed,

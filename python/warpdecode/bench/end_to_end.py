@@ -2,8 +2,8 @@
 
     python -m warpdecode.bench.end_to_end --batch 1,8 --new-tokens 64 --output results.jsonl
 
-The model is built from Qwen3-30B-A3B's configuration on the device; no checkpoint is needed, because neither the time of
-a decode step nor the rounding of its logits depends on what the weights say.
+The model is built from Qwen3-30B-A3B's configuration on the device; no checkpoint is needed, because neither the time
+of a decode step nor the rounding of its logits depends on what the weights say.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from warpdecode.bench import environment
 
 QWEN3_30B_A3B = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
-    "norm_topk_prob": True, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import warpdecode
@@ -60,7 +62,8 @@ def reference(x, ids, weights, gate_up, down, activation: str) -> torch.Tensor:
     """The layer in float64, by torch on the CPU; independent of the library."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     x, weights = x.double().cpu(), weights.double().cpu()
-    act = torch.nn.functional.silu if activation == "silu" else lambda g: torch.nn.functional.gelu(g, approximate="tanh")
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    act = torch.nn.functional.silu if activation == "silu" else gelu
     for token in range(x.shape[0]):
         for slot, expert in enumerate(ids[token].tolist()):
             gate, up = (gate_up[expert].double().cpu() @ x[token]).chunk(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 from torch import nn
@@ -35,6 +36,11 @@ def _module(gate_up, down, activation):
     return module
 
 
+def _call(module, implementation, *inputs):
+    module.config._experts_implementation = implementation
+    return module(*inputs)
+
+
 def transformers_paths(layers, inputs, tokens: int) -> dict:
     """transformers' eager, batched_mm and grouped_mm as lists of calls; empty where transformers is not installed."""
     try:
@@ -50,11 +56,9 @@ def transformers_paths(layers, inputs, tokens: int) -> dict:
         made = _Calls()
         made.eager = implementation == "eager"  # a loop over the experts hit: a device-to-host read per expert
         for i, (x, ids, weights) in enumerate(inputs):
-            def call(module=modules[i % layers.copies], x=x, ids=ids, weights=weights.to(x.dtype)):
-                module.config._experts_implementation = implementation
-                return module(x, ids, weights)
-
-            made.append(call)
+            made.append(
+                functools.partial(_call, modules[i % layers.copies], implementation, x, ids, weights.to(x.dtype))
+            )
         return made
 
     names = ["eager", "grouped_mm"]

@@ -47,7 +47,7 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """CUDA events around the replay of a graph that holds a round of calls; eager calls where capture is not possible."""
+    """CUDA events around the replay of a graph that holds a round of calls; eager calls where none can be captured."""
 
     calls = 16
 

@@ -1,5 +1,7 @@
-"""Every other array that speaks DLPack; outputs through the array API standard (`__array_namespace__`). CPU memory only:
-a framework without an adapter of its own does not say which stream is current."""
+"""Every other array that speaks DLPack; outputs through the array API standard (`__array_namespace__`).
+
+CPU memory only: a framework without an adapter of its own does not say which stream is current.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def bind(slot, array, writable=False):
     """Borrow the array's DLTensor."""
     if int(array.__dlpack_device__()[0]) == _CUDA:
         raise ValueError(
-            f"{slot.name}: was a CUDA array of {type(array).__module__}, whose current stream is unknown here; expected "
-            "torch, CuPy or JAX, or memory on the CPU"
+            f"{slot.name}: was a CUDA array of {type(array).__module__}, whose current stream is unknown here; "
+            "expected torch, CuPy or JAX, or memory on the CPU"
         )
     _capsule.bind(slot, array, writable, None)
 

@@ -1,6 +1,6 @@
 """JAX arrays. They are immutable, so the caller cannot pass one as `out`; the output is a fresh one.
 
-On the CPU the output is a NumPy array handed to JAX at the end. On CUDA it is a fresh JAX buffer that nobody else has seen.
+On the CPU the output is a NumPy array handed to JAX at the end, on CUDA a fresh JAX buffer that nobody else has seen.
 JAX shows no current stream; it names, per device, the stream that it waits for when an array comes in from outside
 (`get_stream_for_external_ready_events`). Inputs are exported to that stream, the kernels run on it, and the output is
 imported again behind them. `finish` then waits for the output, because JAX's allocator knows nothing of that stream and
