@@ -6,8 +6,8 @@
 //     second. Both operands agree, so the order within a product is free, and nothing is shuffled.
 //   * the chunks are cut into four quarters, [C*q/4, C*(q+1)/4). A quarter is one chain of products from zero.
 //   * dot = (q0 + q1) + (q2 + q3).
-// A column of a product does not depend on the other columns, so it does not matter which tokens share a product, or how
-// many: every schedule below gives the same bits.
+// A column of a product does not depend on the other columns, so it does not matter which tokens share a product, or
+// how many: every schedule below gives the same bits.
 #pragma once
 #include "../src/args.h"
 #include "../src/warpdecode.h"
@@ -26,8 +26,12 @@ using f16 = __half;
 
 template <class T> struct Element;
 template <> struct Element<bf16> {
-  static __device__ __forceinline__ float widen(bf16 v) { return __bfloat162float(v); }
-  static __device__ __forceinline__ bf16 round(float v) { return __float2bfloat16_rn(v); }
+  static __device__ __forceinline__ float widen(bf16 v) {
+    return __bfloat162float(v);
+  }
+  static __device__ __forceinline__ bf16 round(float v) {
+    return __float2bfloat16_rn(v);
+  }
   static constexpr float kLowScale = 1.0f; // of the intermediate's low part
   static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
@@ -37,8 +41,12 @@ template <> struct Element<bf16> {
   }
 };
 template <> struct Element<f16> {
-  static __device__ __forceinline__ float widen(f16 v) { return __half2float(v); }
-  static __device__ __forceinline__ f16 round(float v) { return __float2half_rn(v); }
+  static __device__ __forceinline__ float widen(f16 v) {
+    return __half2float(v);
+  }
+  static __device__ __forceinline__ f16 round(float v) {
+    return __float2half_rn(v);
+  }
   static constexpr float kLowScale = 1 << WD_F16_LOW_SHIFT;
   static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
@@ -91,11 +99,15 @@ __device__ __forceinline__ void allow_next_grid() {
 // ---- the streamed dot product ---------------------------------------------------------------------------------------
 
 // The quarters of a row of `length` values, and the first chunk that is beyond it for the lane with t = lane % 4.
-__device__ __forceinline__ int chunks_of(int length) { return (length + kChunk - 1) / kChunk; }
+__device__ __forceinline__ int chunks_of(int length) {
+  return (length + kChunk - 1) / kChunk;
+}
 __device__ __forceinline__ int quarter_begin(int length, int quarter) {
   return (int)((int64_t)chunks_of(length) * quarter / kQuarters);
 }
-__device__ __forceinline__ int lane_limit(int length, int t) { return (length - 8 * t + kChunk - 1) / kChunk; }
+__device__ __forceinline__ int lane_limit(int length, int t) {
+  return (length - 8 * t + kChunk - 1) / kChunk;
+}
 
 __device__ __forceinline__ float add_quarters(float q0, float q1, float q2, float q3) {
   return __fadd_rn(__fadd_rn(q0, q1), __fadd_rn(q2, q3));
@@ -103,11 +115,11 @@ __device__ __forceinline__ float add_quarters(float q0, float q1, float q2, floa
 
 constexpr int kWhole = kQuarters; // quarters of a whole row
 
-// One warp: c[part][tile] = rows (16) . columns (8 per tile), over one quarter (QUARTERS == 1) or the whole row (kWhole).
-// Lane (g = lane / 4, t = lane % 4) reads rows g and g + 8 and column g of each tile; row and column pointers are the
-// lane's own, 8t included. c[..][0,1]: row g, columns 2t, 2t+1; c[..][2,3]: row g + 8.
-// WEIGHTS_AHEAD chunks of weights are in flight, COLUMNS_AHEAD of activations. before_columns() runs between the first
-// loads of weights and the first of activations: the place for wait_for_previous_grid().
+// One warp: c[part][tile] = rows (16) . columns (8 per tile), over one quarter (QUARTERS == 1) or the whole row
+// (kWhole). Lane (g = lane / 4, t = lane % 4) reads rows g and g + 8 and column g of each tile; row and column pointers
+// are the lane's own, 8t included. c[..][0,1]: row g, columns 2t, 2t+1; c[..][2,3]: row g + 8. WEIGHTS_AHEAD chunks of
+// weights are in flight, COLUMNS_AHEAD of activations. before_columns() runs between the first loads of weights and the
+// first of activations: the place for wait_for_previous_grid().
 template <class T, int TILES, int PARTS, int QUARTERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, class Before>
 __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T *row_low, const T *row_high,
                                            const T *const (&column)[TILES], int64_t part_stride, int length,
@@ -138,7 +150,8 @@ __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T 
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) action(c[part][tile][i], pair[part][tile][i], third[part][tile][i]);
+        for (int i = 0; i < 4; i++)
+          action(c[part][tile][i], pair[part][tile][i], third[part][tile][i]);
   };
   int done = 0, next = quarter_begin(length, 1); // quarters summed, and where the current one ends (whole rows)
   auto close_quarters = [&](int chunk) {         // a loop, because the quarters of a short row may be empty
@@ -151,10 +164,12 @@ __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T 
     }
   };
 #pragma unroll
-  for (int i = 0; i < WEIGHTS_AHEAD; i++) load_a(i, begin + i);
+  for (int i = 0; i < WEIGHTS_AHEAD; i++)
+    load_a(i, begin + i);
   before_columns();
 #pragma unroll
-  for (int i = 0; i < COLUMNS_AHEAD; i++) load_b(i, begin + i);
+  for (int i = 0; i < COLUMNS_AHEAD; i++)
+    load_b(i, begin + i);
   each([](float &sum, float &, float &) { sum = 0.0f; });
   if (QUARTERS == kWhole) close_quarters(0);
   for (int chunk = begin; chunk < end; chunk += WEIGHTS_AHEAD) {

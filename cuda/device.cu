@@ -41,12 +41,14 @@ static wd_status no_cuda(cudaError_t error) {
   int driver = 0;
   (void)cudaDriverGetVersion(&driver);
   if (driver == 0)
-    return wd_fail(WD_NO_CUDA, "CUDA: no driver found on this machine; install NVIDIA's driver (for CUDA %d.%d or "
-                               "newer), or use tensors on the CPU",
+    return wd_fail(WD_NO_CUDA,
+                   "CUDA: no driver found on this machine; install NVIDIA's driver (for CUDA %d.%d or "
+                   "newer), or use tensors on the CPU",
                    CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   if (error == cudaErrorInsufficientDriver)
-    return wd_fail(WD_NO_CUDA, "CUDA: the driver serves CUDA %d.%d, expected %d.0 or newer (this build uses the runtime "
-                               "%d.%d); update NVIDIA's driver, or build warpdecode with an older CUDA Toolkit",
+    return wd_fail(WD_NO_CUDA,
+                   "CUDA: the driver serves CUDA %d.%d, expected %d.0 or newer (this build uses the runtime "
+                   "%d.%d); update NVIDIA's driver, or build warpdecode with an older CUDA Toolkit",
                    driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION / 1000,
                    CUDART_VERSION % 1000 / 10);
   return wd_fail(WD_NO_CUDA, "CUDA: %s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));

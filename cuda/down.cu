@@ -9,9 +9,10 @@
 //
 // direct:  a block serves 16 rows of one token: all its slots and quarters at once (up to 32 warps), combined in shared
 //          memory, one launch, nothing written but the output.
-// grouped: a block serves 64 rows of one expert, 16 a warp, for all its routes, 8 or 16 at a time, and writes v[t,k,h] in
-//          FP32 to scratch (it stays in L2); combine_slots adds them up. A warp streams whole rows: with a quarter each,
-//          a block of 16 rows had only 24 KB to read (I = 768) and spent its time starting and meeting.
+// grouped: a block serves 64 rows of one expert, 16 a warp, for all its routes, 8 or 16 at a time, and writes v[t,k,h]
+// in
+//          FP32 to scratch (it stays in L2); combine_slots adds them up. A warp streams whole rows: with a quarter
+//          each, a block of 16 rows had only 24 KB to read (I = 768) and spent its time starting and meeting.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
 #include "device.cuh"
 #include "launch.cuh"
@@ -28,7 +29,7 @@ constexpr int kParallelSlots = 8; // slots that a direct block streams at the sa
 
 // grid (H / 16, T), block 32 * kQuarters * parallel slots
 template <class T>
-__global__ void __launch_bounds__(32 * kQuarters *kParallelSlots)
+__global__ void __launch_bounds__(32 * kQuarters * kParallelSlots)
     down_direct(const wd_down_args args, bool dependent) {
   __shared__ float partial[WD_CUDA_DIRECT_MAX_TOP_K][2][16][kQuarters];
   const wd_moe_shape &s = args.shape;
@@ -62,8 +63,8 @@ __global__ void __launch_bounds__(32 * kQuarters *kParallelSlots)
   for (int slot = 0; slot < s.top_k; slot++) {
     if (expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts) < 0) continue;
     const float *high = partial[slot][0][row], *low = partial[slot][1][row];
-    const float v = join_parts<T>(add_quarters(high[0], high[1], high[2], high[3]),
-                                  add_quarters(low[0], low[1], low[2], low[3]));
+    const float v =
+        join_parts<T>(add_quarters(high[0], high[1], high[2], high[3]), add_quarters(low[0], low[1], low[2], low[3]));
     sum = __fmaf_rn(widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot), v, sum);
   }
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
@@ -81,7 +82,8 @@ __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *exp
   const T *column[TILES];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
-    column[tile] = (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
+    column[tile] =
+        (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
   float c[2][TILES][4];
   stream_dot<T, TILES, 2, kWhole, AHEAD, 1>(c, row_low, row_high, column, s.intermediate, s.intermediate, 0, [&] {
     if (wait) wait_for_previous_grid();
@@ -156,7 +158,8 @@ template <class T> __global__ void __launch_bounds__(256) combine_slots(const wd
     uint2 bits;
   } out;
 #pragma unroll
-  for (int i = 0; i < 4; i++) out.value[i] = Element<T>::round(sum[i]);
+  for (int i = 0; i < 4; i++)
+    out.value[i] = Element<T>::round(sum[i]);
   *(uint2 *)((T *)args.output + index) = out.bits;
 }
 
@@ -168,14 +171,15 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool depende
   dependent = dependent && early_launch;
   if (schedule == WD_CUDA_DIRECT) {
     const int rounds = (s.top_k + kParallelSlots - 1) / kParallelSlots, slots = (s.top_k + rounds - 1) / rounds;
-    return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens), dim3(32 * kQuarters * slots), 0,
-                  stream, dependent, args, dependent);
+    return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens),
+                  dim3(32 * kQuarters * slots), 0, stream, dependent, args, dependent);
   }
   const size_t v_bytes = align16((size_t)s.tokens * s.top_k * s.hidden * sizeof(float));
   RouteLists lists;
   WD_TRY(sort_routes(s, args.topk_ids, (char *)args.scratch + v_bytes, stream, &lists));
   if (lists.offsets) dependent = false; // the grid before is sort_routes now, which never lets another start early
-  WD_TRY(launch("down_grouped", down_grouped<T>, dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
+  WD_TRY(launch("down_grouped", down_grouped<T>,
+                dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
                 dim3(32 * kRowWarps), 0, stream, dependent, args, lists, dependent));
   const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
   return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);

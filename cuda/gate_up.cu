@@ -3,8 +3,8 @@
 //   inter[t,k,i] = act(x[t] . w[e,i]) * (x[t] . w[e,I+i]),  e = topk_ids[t,k],  as a high and a low part
 //
 // A warp owns 8 neurons: its 16-row tile is 8 gate rows and their 8 up rows, so gate and up of one neuron and token end
-// in the same lane and the activation needs no exchange. Four warps share a tile, one quarter of H each (short chains of
-// products, many loads in flight), and meet once in shared memory. Bytes: 2*I*H*2 per distinct expert, read once per
+// in the same lane and the activation needs no exchange. Four warps share a tile, one quarter of H each (short chains
+// of products, many loads in flight), and meet once in shared memory. Bytes: 2*I*H*2 per distinct expert, read once per
 // block that serves the expert; activations come from L1 and L2.
 //
 // direct:  a block serves one route; nothing is looked up but its id. For few tokens, where experts are hardly shared.
@@ -15,7 +15,6 @@
 #include "routes.cuh"
 
 namespace wd {
-
 
 // One tile against 8*TILES routes: dot products of this warp's quarter, sum of the quarters, activation, store.
 // partial: this tile's kQuarters * TILES * 32 float4 of shared memory. routes: the list, `count` of it valid (>= 1).
@@ -39,13 +38,15 @@ __device__ __forceinline__ void gate_up_tile(const wd_gate_up_args &args, const 
   stream_dot<T, TILES, 1, 1, AHEAD, 1>(c, gate, up, column, 0, s.hidden, quarter, [] {});
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
-    partial[(quarter * TILES + tile) * 32 + lane] = make_float4(c[0][tile][0], c[0][tile][1], c[0][tile][2], c[0][tile][3]);
+    partial[(quarter * TILES + tile) * 32 + lane] =
+        make_float4(c[0][tile][0], c[0][tile][1], c[0][tile][2], c[0][tile][3]);
   __syncthreads();
   // warp q finishes tiles q, q + 4, ...
   for (int tile = quarter; tile < TILES; tile += kQuarters) {
     float4 q[kQuarters];
 #pragma unroll
-    for (int i = 0; i < kQuarters; i++) q[i] = partial[(i * TILES + tile) * 32 + lane];
+    for (int i = 0; i < kQuarters; i++)
+      q[i] = partial[(i * TILES + tile) * 32 + lane];
     const float gates[2] = {add_quarters(q[0].x, q[1].x, q[2].x, q[3].x), add_quarters(q[0].y, q[1].y, q[2].y, q[3].y)};
     const float ups[2] = {add_quarters(q[0].z, q[1].z, q[2].z, q[3].z), add_quarters(q[0].w, q[1].w, q[2].w, q[3].w)};
 #pragma unroll
@@ -72,11 +73,13 @@ template <class T> __global__ void __launch_bounds__(256) gate_up_direct(const w
   if (expert < 0) return;
   const int tile = threadIdx.x / 32 / kQuarters, tiles = blockDim.x / 32 / kQuarters;
   const T *weights = (const T *)args.gate_up_proj + (int64_t)expert * 2 * s.intermediate * s.hidden;
-  gate_up_tile<T, 1, 4>(args, weights, (int)(blockIdx.x * tiles + tile) * 8, &route, 1, partial + tile * kQuarters * 32);
+  gate_up_tile<T, 1, 4>(args, weights, (int)(blockIdx.x * tiles + tile) * 8, &route, 1,
+                        partial + tile * kQuarters * 32);
 }
 
 // grid (row blocks, experts, splits of long lists)
-template <class T> __global__ void __launch_bounds__(256, 2) gate_up_grouped(const wd_gate_up_args args, RouteLists lists) {
+template <class T>
+__global__ void __launch_bounds__(256, 2) gate_up_grouped(const wd_gate_up_args args, RouteLists lists) {
   __shared__ float4 partial[2 * kQuarters * 4 * 32];
   __shared__ int32_t searched[kSearchedRoutes], warp_counts[8];
   allow_next_grid();
@@ -109,8 +112,8 @@ template <class T> __global__ void __launch_bounds__(256, 2) gate_up_grouped(con
 
 template <class T> wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  // Two tiles share the tokens' values in L1, which pays as soon as an expert has several tokens (T = 64: 218 -> 207 us,
-  // T = 256: 362 -> 304); small blocks balance better before that (T = 8: 82.6 -> 80.8).
+  // Two tiles share the tokens' values in L1, which pays as soon as an expert has several tokens (T = 64: 218 -> 207
+  // us, T = 256: 362 -> 304); small blocks balance better before that (T = 8: 82.6 -> 80.8).
   const int tiles = schedule == WD_CUDA_GROUPED && s.tokens * s.top_k >= 2 * s.experts ? 2 : 1;
   const int row_blocks = (s.intermediate / 8 + tiles - 1) / tiles;
   if (schedule == WD_CUDA_DIRECT)

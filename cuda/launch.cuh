@@ -32,7 +32,9 @@ wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim
   return error == cudaSuccess ? WD_OK : cuda_failed(error, name);
 }
 
-constexpr size_t align16(size_t bytes) { return (bytes + 15) / 16 * 16; }
+constexpr size_t align16(size_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
 
 // Bytes of sort_routes' scratch (0 when the blocks search for themselves), and the launch itself (routes.cu).
 struct RouteLists;

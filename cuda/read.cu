@@ -1,6 +1,6 @@
 // read.cu - a plain read of memory: the ceiling that benchmarks compare with. The loads are those of the kernels (16
-// bytes a lane, past L1, 256-byte hint), eight in flight a thread, in blocks of consecutive 32 KB; nothing is computed but
-// a sum that keeps the compiler from dropping them.
+// bytes a lane, past L1, 256-byte hint), eight in flight a thread, in blocks of consecutive 32 KB; nothing is computed
+// but a sum that keeps the compiler from dropping them.
 #include "../src/cuda.h"
 #include "common.cuh"
 #include "launch.cuh"
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kReadThreads) read_memory(const uint4 *memory,
   }
   uint32_t sum = 0;
 #pragma unroll
-  for (int i = 0; i < kReadAhead; i++) sum ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
+  for (int i = 0; i < kReadAhead; i++)
+    sum ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
   if (sum == 0x9e3779b9u) *sink = v[0]; // rarely, and it does not matter: the loads must look needed
 }
 

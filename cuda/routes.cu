@@ -9,8 +9,8 @@
 
 namespace wd {
 
-__global__ void __launch_bounds__(512) sort_routes_kernel(const void *ids, int id_bytes, int routes, int experts,
-                                                          int32_t *offsets, int32_t *lists) {
+__global__ void __launch_bounds__(512)
+    sort_routes_kernel(const void *ids, int id_bytes, int routes, int experts, int32_t *offsets, int32_t *lists) {
   __shared__ int32_t below[16], mine[16];
   const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   int count = 0;
@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(512) sort_routes_kernel(const void *ids, int i
   if (lane == 0) below[warp] = count;
   __syncthreads();
   int offset = 0;
-  for (int w = 0; w < 16; w++) offset += below[w];
+  for (int w = 0; w < 16; w++)
+    offset += below[w];
   if (thread == 0) offsets[expert] = offset;
   const int found = search_routes(ids, id_bytes, routes, expert, experts, lists + offset, mine);
   if (thread == 0 && expert == experts - 1) offsets[experts] = offset + found;

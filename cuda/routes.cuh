@@ -8,8 +8,8 @@ namespace wd {
 // have to end before the first weight is read. Above, sort_routes runs first.
 constexpr int kSearchedRoutes = 2048;
 
-// Writes the routes of `expert` to list, in ascending order, and returns their number to every thread. All threads of the
-// block call it; list and warp_counts (one int a warp) are in shared memory.
+// Writes the routes of `expert` to list, in ascending order, and returns their number to every thread. All threads of
+// the block call it; list and warp_counts (one int a warp) are in shared memory.
 __device__ __forceinline__ int search_routes(const void *ids, int id_bytes, int routes, int expert, int experts,
                                              int32_t *list, int32_t *warp_counts) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = blockDim.x / 32;

@@ -14,7 +14,8 @@ const char *wd_cpu_isa_name(const wd_cpu_isa *isa);        /* "cpu_avx512", "cpu
 const char *wd_cpu_isa_description(const wd_cpu_isa *isa); /* one line */
 int wd_cpu_isa_usable(const wd_cpu_isa *isa);              /* 1 when this machine has the instructions */
 
-/* Bytes of scratch that either driver needs for this shape; a multiple of 64. The pointer handed over is 16-byte aligned. */
+/* Bytes of scratch that either driver needs for this shape; a multiple of 64. The pointer handed over is 16-byte
+ * aligned. */
 size_t wd_cpu_scratch_bytes(const wd_moe_shape *shape);
 
 /* The two operations. threads may be NULL (the calling thread alone). */

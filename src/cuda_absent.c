@@ -2,9 +2,10 @@
 #include "cuda.h"
 
 static wd_status absent(void) {
-  return wd_fail(WD_NO_CUDA, "CUDA: this build of warpdecode is CPU-only (it was built without nvcc or with "
-                             "WARPDECODE_CUDA=off); reinstall with WARPDECODE_CUDA=on and nvcc 13.0 or newer on the PATH "
-                             "or from PyPI's cuda-toolkit[nvcc,cudart,cccl], or move the tensors to the CPU");
+  return wd_fail(WD_NO_CUDA,
+                 "CUDA: this build of warpdecode is CPU-only (it was built without nvcc or with "
+                 "WARPDECODE_CUDA=off); reinstall with WARPDECODE_CUDA=on and nvcc 13.0 or newer on the PATH "
+                 "or from PyPI's cuda-toolkit[nvcc,cudart,cccl], or move the tensors to the CPU");
 }
 
 wd_status wd_cuda_enter(int32_t device, int32_t *previous) {

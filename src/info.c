@@ -11,8 +11,8 @@ const char *wd_version(void) {
   return WD_VERSION_TEXT(0, 1, 0);
 }
 
-/* Raise a part whenever a bit of any output of its side may change: cpu (src/gate_up_cpu.c, src/down_cpu.c and the order
- * of sums in src/isa.h), mma (cuda/common.cuh). */
+/* Raise a part whenever a bit of any output of its side may change: cpu (src/gate_up_cpu.c, src/down_cpu.c and the
+ * order of sums in src/isa.h), mma (cuda/common.cuh). */
 const char *wd_numerics_id(void) {
   return "cpu1+mma1";
 }
@@ -35,7 +35,8 @@ wd_status wd_get_build_info(wd_build_info *info) {
 int32_t wd_kernel_count(void) {
   wd_kernel kernel;
   int32_t count = 0;
-  while (wd_kernel_at(count, &kernel)) count++;
+  while (wd_kernel_at(count, &kernel))
+    count++;
   return count;
 }
 

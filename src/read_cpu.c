@@ -1,7 +1,7 @@
 /* read_cpu.c - a plain read of memory: the ceiling that benchmarks compare with.
  *
- * Each worker reads blocks of its own share with four independent sums; the compiler vectorises the inner loop. The xor is
- * stored so that no compiler may drop the reads. */
+ * Each worker reads blocks of its own share with four independent sums; the compiler vectorises the inner loop. The xor
+ * is stored so that no compiler may drop the reads. */
 #include "cpu.h"
 
 #include <stdatomic.h>
@@ -20,10 +20,13 @@ static void read_share(void *context, int32_t worker, int32_t workers) {
   size_t i = begin;
   for (; i + 32 <= end; i += 32) {
     __builtin_prefetch(job->words + i + 256); /* two kilobytes ahead, as the kernels do */
-    for (size_t j = 0; j < 32; j++) sum[j] ^= job->words[i + j];
+    for (size_t j = 0; j < 32; j++)
+      sum[j] ^= job->words[i + j];
   }
-  for (; i < end; i++) sum[0] ^= job->words[i];
-  for (size_t j = 1; j < 32; j++) sum[0] ^= sum[j];
+  for (; i < end; i++)
+    sum[0] ^= job->words[i];
+  for (size_t j = 1; j < 32; j++)
+    sum[0] ^= sum[j];
   atomic_fetch_xor_explicit(job->sink, sum[0], memory_order_relaxed);
 }
 

@@ -24,10 +24,8 @@ int wd_kernel_at(int32_t index, wd_kernel *kernel) {
 #endif
   const wd_cpu_isa *isa = wd_cpu_isa_at(index - CUDA_KERNELS);
   if (isa == NULL) return 0;
-  *kernel = (wd_kernel){.name = wd_cpu_isa_name(isa),
-                        .description = wd_cpu_isa_description(isa),
-                        .device_type = kDLCPU,
-                        .isa = isa};
+  *kernel = (wd_kernel){
+      .name = wd_cpu_isa_name(isa), .description = wd_cpu_isa_description(isa), .device_type = kDLCPU, .isa = isa};
   return 1;
 }
 
@@ -40,8 +38,8 @@ static int fits(const wd_kernel *kernel, const wd_moe_shape *shape) {
          shape->top_k <= WD_CUDA_DIRECT_MAX_TOP_K;
 }
 
-/* Direct reads an expert once per route, grouped once: with at most E/4 routes drawn evenly, direct reads at most 13% more
- * than grouped, most of it from L2, and has no empty blocks and no second launch. */
+/* Direct reads an expert once per route, grouped once: with at most E/4 routes drawn evenly, direct reads at most 13%
+ * more than grouped, most of it from L2, and has no empty blocks and no second launch. */
 static int prefers_direct(const wd_moe_shape *shape) {
   return shape->tokens == 1 || 4 * shape->tokens * shape->top_k <= shape->experts;
 }
@@ -59,7 +57,8 @@ wd_status wd_choose_kernel(int32_t device_type, const wd_moe_shape *shape, const
                name, WD_CUDA_DIRECT_MAX_TOP_K, shape->top_k);
       return WD_OK;
     }
-    return wd_fail(WD_INVALID_ARGUMENT, "options: kernel was \"%s\", expected a name that wd_get_kernel_info lists", name);
+    return wd_fail(WD_INVALID_ARGUMENT, "options: kernel was \"%s\", expected a name that wd_get_kernel_info lists",
+                   name);
   }
   for (int32_t i = 0; wd_kernel_at(i, kernel); i++) {
     if (kernel->device_type != device_type) continue;

@@ -1,4 +1,5 @@
-/* schedule.h - which kernel serves a call: one rule, by the shape alone, so that every call can be captured in a graph. */
+/* schedule.h - which kernel serves a call: one rule, by the shape alone, so that every call can be captured in a graph.
+ */
 #ifndef WD_SCHEDULE_H
 #define WD_SCHEDULE_H
 
@@ -8,8 +9,8 @@
 /* A kernel of the table: an instruction set on the CPU, a schedule on CUDA. */
 typedef struct {
   const char *name, *description;
-  int32_t device_type;      /* kDLCPU or kDLCUDA */
-  const wd_cpu_isa *isa;    /* CPU */
+  int32_t device_type;       /* kDLCPU or kDLCUDA */
+  const wd_cpu_isa *isa;     /* CPU */
   wd_cuda_schedule schedule; /* CUDA */
 } wd_kernel;
 

@@ -4,9 +4,9 @@
 
 #include <string.h>
 
-/* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each, 1 GB); larger calls
- * run pass after pass. That bounds the workspace and costs nothing: a pass this large reads the experts for hundreds of
- * tokens each. */
+/* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each, 1 GB); larger
+ * calls run pass after pass. That bounds the workspace and costs nothing: a pass this large reads the experts for
+ * hundreds of tokens each. */
 enum { ROUTES_PER_PASS = 32768, VALUES_PER_PASS = 1 << 28, MAX_TOP_K = 1024, MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
 
 /* A checked call. Tensors an operation does not have are NULL. */
@@ -51,6 +51,12 @@ static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
          (device_type == kDLCUDA ? wd_cuda_scratch_bytes(&pass) : wd_cpu_scratch_bytes(&pass));
 }
 
+/* Vector loads on CUDA are 16 bytes and need their alignment; on the CPU an element's will do, because checkpoints
+ * mapped into memory lie anywhere. */
+static size_t float_alignment(const call *c) {
+  return c->device.device_type == kDLCUDA ? 16 : wd_dtype_size(c->shape.dtype);
+}
+
 /* The description of the layer: fills c->experts, c->device and all of c->shape but tokens, top_k and id_bytes. */
 static wd_status check_experts(call *c, const wd_moe_experts *experts) {
   WD_CHECK(experts != NULL, WD_INVALID_ARGUMENT, "experts: was NULL, expected a wd_moe_experts");
@@ -77,12 +83,12 @@ static wd_status check_experts(call *c, const wd_moe_experts *experts) {
   WD_CHECK(rows >= 16 && rows % 16 == 0 && rows / 2 <= MAX_SIZE, WD_UNSUPPORTED,
            "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8 from 8 to %d", (long long)rows, MAX_SIZE);
   WD_TRY(wd_check_float(gate_up, "gate_up_proj", c->device.device_type == kDLCPU, &c->shape.dtype));
-  WD_TRY(wd_check_data(gate_up, "gate_up_proj", 16));
+  WD_TRY(wd_check_data(gate_up, "gate_up_proj", float_alignment(c)));
   const int64_t down_shape[3] = {experts_count, hidden, rows / 2};
   WD_TRY(wd_check_shape(down, "down_proj", 3, down_shape, "[E, H, I]"));
   WD_TRY(wd_check_same_dtype(down, "down_proj", c->shape.dtype, "gate_up_proj"));
   WD_TRY(wd_check_device(down, "down_proj", c->device, "gate_up_proj"));
-  WD_TRY(wd_check_data(down, "down_proj", 16));
+  WD_TRY(wd_check_data(down, "down_proj", float_alignment(c)));
   const int32_t activation = c->experts.activation;
   WD_CHECK(activation == WD_ACTIVATION_SILU || activation == WD_ACTIVATION_GELU_TANH, WD_INVALID_ARGUMENT,
            "experts: activation was %d, expected %d (silu) or %d (gelu_tanh)", activation, WD_ACTIVATION_SILU,
@@ -125,7 +131,7 @@ static wd_status check_tensors(call *c) {
     WD_TRY(wd_check_shape(floats[i].tensor, floats[i].name, floats[i].ndim, floats[i].shape, floats[i].letters));
     WD_TRY(wd_check_same_dtype(floats[i].tensor, floats[i].name, s->dtype, "gate_up_proj"));
     WD_TRY(wd_check_device(floats[i].tensor, floats[i].name, c->device, "gate_up_proj"));
-    WD_TRY(wd_check_data(floats[i].tensor, floats[i].name, 16));
+    WD_TRY(wd_check_data(floats[i].tensor, floats[i].name, float_alignment(c)));
   }
   if (c->topk_weights != NULL) {
     WD_TRY(wd_check_shape(c->topk_weights, "topk_weights", 2, by_route, "[T, K]"));
@@ -177,7 +183,8 @@ static wd_status check_run(call *c, void *workspace, size_t workspace_size, void
 /* Row `first` of a [T, ...] tensor. */
 static void *rows_from(const DLTensor *tensor, int64_t first) {
   size_t row = tensor->dtype.bits / 8u;
-  for (int32_t i = 1; i < tensor->ndim; i++) row *= (size_t)tensor->shape[i];
+  for (int32_t i = 1; i < tensor->ndim; i++)
+    row *= (size_t)tensor->shape[i];
   return (char *)wd_tensor_data(tensor) + (size_t)first * row;
 }
 
@@ -256,8 +263,7 @@ wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_token
 wd_status wd_moe_forward(const wd_moe_experts *experts, const DLTensor *hidden_states, const DLTensor *topk_ids,
                          const DLTensor *topk_weights, const DLTensor *output, void *workspace, size_t workspace_size,
                          void *stream, const wd_options *options) {
-  call c = {
-      .hidden_states = hidden_states, .topk_ids = topk_ids, .topk_weights = topk_weights, .output = output};
+  call c = {.hidden_states = hidden_states, .topk_ids = topk_ids, .topk_weights = topk_weights, .output = output};
   WD_CHECK(hidden_states != NULL, WD_INVALID_ARGUMENT, "hidden_states: was NULL, expected a tensor [T, H]");
   WD_CHECK(topk_weights != NULL, WD_INVALID_ARGUMENT, "topk_weights: was NULL, expected a tensor [T, K]");
   WD_CHECK(output != NULL, WD_INVALID_ARGUMENT, "output: was NULL, expected a tensor [T, H]");

@@ -16,15 +16,15 @@
  * combined in slot order with one fused multiply-add each, and the output is rounded once. On CPUs every kernel of the
  * table gives the same bits; on GPUs the bits may differ between architectures. wd_numerics_id() names them.
  *
- * Routing. An id outside [0, E) contributes nothing and is never dereferenced; its routing weight may be NaN. An id that
- * occurs twice in a token counts twice. T == 0 succeeds and does nothing.
+ * Routing. An id outside [0, E) contributes nothing and is never dereferenced; its routing weight may be NaN. An id
+ * that occurs twice in a token counts twice. T == 0 succeeds and does nothing.
  *
- * Tensors are borrowed DLPack tensors: compact (strides NULL or row-major), their data (byte_offset included) aligned to
- * 16 bytes, topk_ids and topk_weights to their element size. All tensors of a call live on one device: kDLCPU (or
- * kDLCUDAHost, treated as CPU memory), or one kDLCUDA device. The library never allocates device memory, never
- * synchronises, never keeps a pointer after a call, never prints, never exits. On CUDA a call enqueues kernels on the
- * caller's stream and returns; every pointer must stay valid until the stream has passed them. On the CPU a call returns
- * when the result is written.
+ * Tensors are borrowed DLPack tensors: compact (strides NULL or row-major), their data (byte_offset included) aligned
+ * to their element size, on CUDA to 16 bytes (but topk_ids and topk_weights). All tensors of a call live on one device:
+ * kDLCPU (or kDLCUDAHost, treated as CPU memory), or one kDLCUDA device. The library never allocates device memory,
+ * never synchronises, never keeps a pointer after a call, never prints, never exits. On CUDA a call enqueues kernels on
+ * the caller's stream and returns; every pointer must stay valid until the stream has passed them. On the CPU a call
+ * returns when the result is written.
  *
  * Errors. Every function that can fail returns a wd_status. wd_last_error() then holds a sentence, for this thread,
  * that names the argument, what it was and what was expected. Everything is checked before the first launch: when
@@ -101,8 +101,7 @@ WD_API const char *wd_last_error(void);
 
 /* Bytes of workspace for any of the three operations on `num_tokens` tokens with `top_k` slots each, written to *bytes
  * (0 when num_tokens is 0). The size grows with num_tokens only up to a bound: larger calls run in passes. */
-WD_API wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_tokens, int64_t top_k,
-                                       size_t *bytes);
+WD_API wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_tokens, int64_t top_k, size_t *bytes);
 
 /* The whole layer: output = MoE(hidden_states).
  *   hidden_states  [T, H]   dtype of the weights
@@ -118,10 +117,9 @@ WD_API wd_status wd_moe_forward(const wd_moe_experts *experts, const DLTensor *h
 
 /* The first kernel alone: intermediate = activation(gate) * up for every route.
  *   intermediate   [T, K, P, I], dtype of the weights. P is 2 for bfloat16 and float16: the rounded value, then the
- *                  rounding's remainder, scaled: value = intermediate[..,0,:] + intermediate[..,1,:] * 2^-S, where S is 0 for
- *                  bfloat16 and 11 for float16. P is 1 for float32. Rows of routes whose id is outside [0, E) are not
- *                  written.
- * The other arguments as in wd_moe_forward. */
+ *                  rounding's remainder, scaled: value = intermediate[..,0,:] + intermediate[..,1,:] * 2^-S, where S is
+ * 0 for bfloat16 and 11 for float16. P is 1 for float32. Rows of routes whose id is outside [0, E) are not written. The
+ * other arguments as in wd_moe_forward. */
 WD_API wd_status wd_moe_gate_up_3d_batched(const wd_moe_experts *experts, const DLTensor *hidden_states,
                                            const DLTensor *topk_ids, const DLTensor *intermediate, void *workspace,
                                            size_t workspace_size, void *stream, const wd_options *options);
@@ -133,12 +131,14 @@ WD_API wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLT
                                         void *workspace, size_t workspace_size, void *stream,
                                         const wd_options *options);
 
-/* Reads every byte of `memory` once and computes nothing: the ceiling that benchmarks compare with. memory: compact, data
- * and number of bytes multiples of 16. sink: 16 bytes on the same device, aligned to 16; written or not, contents do not matter. */
+/* Reads every byte of `memory` once and computes nothing: the ceiling that benchmarks compare with. memory: compact,
+ * data and number of bytes multiples of 16. sink: 16 bytes on the same device, aligned to 16; written or not, contents
+ * do not matter. */
 WD_API wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options);
 
 /* Starts a pool in which `count` threads share a call's work, the calling thread included (count - 1 are created).
- * count >= 1. The caller owns *threads and ends it with wd_threads_destroy, when no call uses it; NULL is allowed there. */
+ * count >= 1. The caller owns *threads and ends it with wd_threads_destroy, when no call uses it; NULL is allowed
+ * there. */
 WD_API wd_status wd_threads_create(int32_t count, wd_threads **threads);
 WD_API void wd_threads_destroy(wd_threads *threads);
 

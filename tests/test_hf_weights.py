@@ -119,7 +119,6 @@ def test_nothing_of_ours_keeps_a_deleted_model_s_weights_alive(how):
         gc.enable()
 
 
-@pytest.mark.xfail(strict=True, reason="warpdecode.Experts holds the described storage until the next call")
 @torch.no_grad()
 def test_memory_of_weights_that_moved_away_is_free_at_once():
     # model.to("cpu") after a rollout must empty the GPU for the trainer, not wait for the next rollout.

@@ -119,10 +119,10 @@ def info() -> str:
     if not usable:
         lines.append(f"devices    none: {reason}")
     for device in cuda_devices():
+        size = f"{device.num_sms} SMs, {device.memory_bytes / 2**30:.0f} GiB, L2 {device.l2_bytes / 2**20:.0f} MiB"
         lines.append(
-            f"device {device.index}   {device.name}, compute capability {device.compute_capability}, "
-            f"{device.num_sms} SMs, {device.memory_bytes / 2**30:.0f} GiB, L2 {device.l2_bytes / 2**20:.0f} MiB, driver for CUDA "
-            f"{device.driver_cuda}"
+            f"device {device.index}   {device.name}, compute capability {device.compute_capability}, {size}, "
+            f"driver for CUDA {device.driver_cuda}"
         )
     lines.append("kernels    (best first; all of a device give the same bits)")
     for kernel in kernels():

@@ -41,8 +41,9 @@ class Experts:
         kernel: the name of a row of `warpdecode.kernels()` to use instead of the one that would be chosen; for tests
             and benchmarks, since all of a device's kernels give the same bits.
 
-    The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps them
-    alive. It may be called from several threads. H and I are multiples of 8; arrays are contiguous.
+    The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps
+    the arrays alive, and looks before each call whether a torch parameter has other memory now (`parameter.data = ...`).
+    It may be called from several threads. H and I are multiples of 8; arrays are contiguous.
 
     The result of a call, for token t (the layer of https://arxiv.org/abs/2401.04088, section 2.1):
         e = topk_ids[t,k]
@@ -147,15 +148,12 @@ class Experts:
 class _Description:
     """The C struct of a layer and what it points to. Never changed once made: running calls may be reading it."""
 
-    __slots__ = ("down", "gate_up", "held", "on_cpu", "struct")
+    __slots__ = ("down", "gate_up", "on_cpu", "struct")
 
     def __init__(self, gate_up_proj, down_proj, activation: str):
         self.gate_up, self.down = Slot("gate_up_proj"), Slot("down_proj")
-        self.held = []
-        for slot, array in ((self.gate_up, gate_up_proj), (self.down, down_proj)):
-            adapter = adapter_of(array, slot.name)
-            adapter.bind(slot, array)
-            self.held.append(adapter.hold(array))
+        adapter_of(gate_up_proj, "gate_up_proj").bind(self.gate_up, gate_up_proj)
+        adapter_of(down_proj, "down_proj").bind(self.down, down_proj)
         self.struct = new_struct("wd_moe_experts")
         self.struct.gate_up_proj, self.struct.down_proj = self.gate_up.tensor, self.down.tensor
         self.struct.activation = ACTIVATIONS[activation]

@@ -169,13 +169,15 @@ static void sizes_not_served(call *c, operation of, int which, DLTensor *changed
   const int64_t *const right = c->tensors[which].shape;
   for (size_t i = 0; i < sizeof not_hidden / sizeof *not_hidden; i++) {
     changed->shape[2] = not_hidden[i];
-    call_refused(c, of, WD_UNSUPPORTED, "gate_up_proj: hidden size H was %lld, expected a multiple of 8",
+    call_refused(c, of, WD_UNSUPPORTED,
+                 "gate_up_proj: hidden size H was %lld, expected a multiple of 8 from 8 to 16777216",
                  (long long)changed->shape[2]);
   }
   changed->shape[2] = right[2];
   for (size_t i = 0; i < sizeof not_rows / sizeof *not_rows; i++) {
     changed->shape[1] = not_rows[i];
-    call_refused(c, of, WD_UNSUPPORTED, "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8",
+    call_refused(c, of, WD_UNSUPPORTED,
+                 "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8 from 8 to 16777216",
                  (long long)changed->shape[1]);
   }
   changed->shape[1] = right[1];

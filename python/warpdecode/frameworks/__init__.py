@@ -11,7 +11,6 @@ An adapter is a module with these functions:
     finish(output)                what the caller gets for an array that `empty` made
     guard(**arrays)               refuse arrays for which a gradient would have to be recorded
     moved(slot, array)            whether a weight is no longer what its slot describes
-    hold(array)                   what keeps a weight's memory alive
 
 Adapters are chosen by the exact type of an array and loaded when the first one arrives, so that no framework is ever
 imported that the caller does not use.

@@ -44,11 +44,6 @@ def moved(slot, array):
     return False
 
 
-def hold(array):
-    """What keeps the described memory alive."""
-    return array
-
-
 def empty(shape, like):
     """A fresh, uninitialised array of the same framework."""
     return _namespace(like).empty(shape, dtype=like.dtype, device=like.device)

@@ -23,11 +23,6 @@ def moved(slot, array):
     return False
 
 
-def hold(array):
-    """What keeps the described memory alive."""
-    return array
-
-
 def empty(shape, like):
     """A fresh, uninitialised array on the device of `like`."""
     with like.device:

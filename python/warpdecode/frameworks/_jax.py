@@ -43,11 +43,6 @@ def moved(slot, array):
     return False
 
 
-def hold(array):
-    """What keeps the described memory alive."""
-    return array
-
-
 def empty(shape, like):
     """NumPy memory on the CPU, a fresh JAX buffer on CUDA."""
     if not _on_cuda(like):

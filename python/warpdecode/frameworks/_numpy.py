@@ -31,11 +31,6 @@ def moved(slot, array):
     return False
 
 
-def hold(array):
-    """What keeps the described memory alive."""
-    return array
-
-
 def empty(shape, like):
     """A fresh, uninitialised array."""
     return np.empty(shape, dtype=like.dtype)

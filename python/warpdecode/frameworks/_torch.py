@@ -49,11 +49,6 @@ def moved(slot, array):
     return array.data_ptr() != slot.address or array.shape != slot.shape
 
 
-def hold(array):
-    """What keeps the described memory alive, whatever becomes of the array object."""
-    return array.detach()
-
-
 empty_like = torch.empty_like  # several times faster than torch.empty with a shape, a dtype and a device
 
 
