@@ -42,7 +42,7 @@ class Experts:
             and benchmarks, since all of a device's kernels give the same bits.
 
     The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps
-    the arrays alive, and looks before each call whether a torch parameter has other memory now (`parameter.data = ...`).
+    the arrays alive, and looks before each call whether a torch parameter was given other memory (`.data = ...`).
     It may be called from several threads. H and I are multiples of 8; arrays are contiguous.
 
     The result of a call, for token t (the layer of https://arxiv.org/abs/2401.04088, section 2.1):

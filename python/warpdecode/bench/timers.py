@@ -1,7 +1,8 @@
-"""Timers: rounds of calls, candidates in turn within each repeat, medians with the 10th and 90th percentile."""
+"""Timers: rounds of calls, candidates in a fresh order within each repeat; medians, 10th and 90th percentiles."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +14,13 @@ def summary(samples: list[float]) -> dict:
     """Median, 10th and 90th percentile."""
     tenths = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
     return {"median": statistics.median(samples), "p10": tenths[0], "p90": tenths[-1]}
+
+
+def shuffled(candidates: dict) -> list:
+    """The candidates in a new order: who runs behind whom decides what a large cache still holds."""
+    items = list(candidates.items())
+    random.shuffle(items)
+    return items
 
 
 class CpuTimer:
@@ -37,7 +45,7 @@ class CpuTimer:
         """Microseconds per call of each candidate."""
         samples = {name: [] for name in candidates}
         for repeat in range(self.repeats + 1):
-            for name, calls in candidates.items():
+            for name, calls in shuffled(candidates):
                 start = time.perf_counter()
                 for call in calls:
                     call()
@@ -79,7 +87,7 @@ class CudaTimer:
         runners = {name: self._runner(calls) for name, calls in candidates.items()}
         samples = {name: [] for name in candidates}
         for repeat in range(self.repeats + 3):
-            for name, run in runners.items():
+            for name, run in shuffled(runners):
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 run()
