@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kQuarters * kParallelSlots)
 }
 
 // 16 rows of one expert against 8*TILES routes by one warp alone: the whole row, no other warp to wait for.
-template <class T, int TILES, int AHEAD>
+template <class T, int TILES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD>
 __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *expert, int first_row,
                                           const int32_t *routes, int count, bool wait) {
   const wd_moe_shape &s = args.shape;
@@ -85,9 +85,10 @@ __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *exp
     column[tile] =
         (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
   float c[2][TILES][4];
-  stream_dot<T, TILES, 2, kWhole, AHEAD, 1>(c, row_low, row_high, column, s.intermediate, s.intermediate, 0, [&] {
-    if (wait) wait_for_previous_grid();
-  });
+  stream_dot<T, TILES, 2, kWhole, WEIGHTS_AHEAD, COLUMNS_AHEAD>(c, row_low, row_high, column, s.intermediate,
+                                                                s.intermediate, 0, [&] {
+                                                                  if (wait) wait_for_previous_grid();
+                                                                });
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
   for (int first = 16 * blockIdx.z; first < count; first += 16 * gridDim.z) {
     const int left = min(16, count - first);
     if (left > 8) {
-      down_tile<T, 2, 2>(args, weights, first_row, routes + first, left, wait);
+      down_tile<T, 2, 2, 2>(args, weights, first_row, routes + first, left, wait);
     } else {
-      down_tile<T, 1, 4>(args, weights, first_row, routes + first, left, wait);
+      down_tile<T, 1, 4, 2>(args, weights, first_row, routes + first, left, wait);
     }
     wait = false;
   }

@@ -19,7 +19,7 @@ namespace wd {
 // One tile against 8*TILES routes: dot products of this warp's quarter, sum of the quarters, activation, store.
 // partial: this tile's kQuarters * TILES * 32 float4 of shared memory. routes: the list, `count` of it valid (>= 1).
 // All warps of the block call it together.
-template <class T, int TILES, int AHEAD>
+template <class T, int TILES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD>
 __device__ __forceinline__ void gate_up_tile(const wd_gate_up_args &args, const T *expert, int neuron,
                                              const int32_t *routes, int count, float4 *partial) {
   const wd_moe_shape &s = args.shape;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void gate_up_tile(const wd_gate_up_args &args, const 
     column[tile] = (const T *)args.hidden_states + (int64_t)(route / s.top_k) * s.hidden + 8 * t;
   }
   float c[1][TILES][4];
-  stream_dot<T, TILES, 1, 1, AHEAD, 1>(c, gate, up, column, 0, s.hidden, quarter, [] {});
+  stream_dot<T, TILES, 1, 1, WEIGHTS_AHEAD, COLUMNS_AHEAD>(c, gate, up, column, 0, s.hidden, quarter, [] {});
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
     partial[(quarter * TILES + tile) * 32 + lane] =
@@ -73,8 +73,8 @@ template <class T> __global__ void __launch_bounds__(256) gate_up_direct(const w
   if (expert < 0) return;
   const int tile = threadIdx.x / 32 / kQuarters, tiles = blockDim.x / 32 / kQuarters;
   const T *weights = (const T *)args.gate_up_proj + (int64_t)expert * 2 * s.intermediate * s.hidden;
-  gate_up_tile<T, 1, 4>(args, weights, (int)(blockIdx.x * tiles + tile) * 8, &route, 1,
-                        partial + tile * kQuarters * 32);
+  gate_up_tile<T, 1, 4, 4>(args, weights, (int)(blockIdx.x * tiles + tile) * 8, &route, 1,
+                           partial + tile * kQuarters * 32);
 }
 
 // grid (row blocks, experts, splits of long lists)
@@ -100,11 +100,11 @@ __global__ void __launch_bounds__(256, 2) gate_up_grouped(const wd_gate_up_args 
   for (int first = 32 * blockIdx.z; first < count; first += 32 * gridDim.z) {
     const int left = min(32, count - first);
     if (left > 16) {
-      gate_up_tile<T, 4, 2>(args, weights, neuron, routes + first, left, mine);
+      gate_up_tile<T, 4, 2, 2>(args, weights, neuron, routes + first, left, mine);
     } else if (left > 8) {
-      gate_up_tile<T, 2, 4>(args, weights, neuron, routes + first, left, mine);
+      gate_up_tile<T, 2, 4, 2>(args, weights, neuron, routes + first, left, mine);
     } else {
-      gate_up_tile<T, 1, 4>(args, weights, neuron, routes + first, left, mine);
+      gate_up_tile<T, 1, 4, 4>(args, weights, neuron, routes + first, left, mine);
     }
     __syncthreads(); // partial is written again
   }

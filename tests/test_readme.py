@@ -1,0 +1,28 @@
+"""README's figures are those of the committed result files, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from warpdecode.bench.report import report
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_figures_come_from_result_files():
+    numbers = re.search(r"<!-- figures -->\n(.*?)\n<!-- end of figures -->", README, re.S).group(1)
+    assert numbers.strip() == report(ROOT / "notebooks" / "results").strip(), (
+        "run `python -m warpdecode.bench.report notebooks/results` and put what it prints between the markers"
+    )
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:src|cuda|tests|python|notebooks)/[\w./]*)`", README))
+def test_named_paths_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_first_command_is_one_line_of_shell():
+    first = re.search(r"<!-- first command -->\n```sh\n(.*?)\n```", README, re.S).group(1)
+    assert first.endswith("warpdecode generate") and "\n" not in first
