@@ -96,8 +96,12 @@ class Rollout:
         self.tokens, self.seconds = 0, 0.0
 
     def warm_up(self, model: transformers.PreTrainedModel) -> None:
-        """Run a step or two, so that loading kernels and growing pools is not timed."""
-        self._generate(model, [(0, 0)], max_new_tokens=2)
+        """Run a few steps of the first batch, so that loading kernels and growing pools is not timed.
+
+        The whole batch, because libraries choose and load kernels by its size.
+        """
+        first = range(min(self.batch_size, len(self)))
+        self._generate(model, [self.key(n) for n in first], max_new_tokens=min(4, self.max_new_tokens))
 
     def _batch(self, model: transformers.PreTrainedModel, numbers: range) -> list[dict]:
         keys = [self.key(n) for n in numbers]
