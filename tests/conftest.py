@@ -4,6 +4,8 @@ import pytest
 
 import warpdecode
 
+pytest_plugins = ["generate_runs"]  # the fixtures of test_generate_*.py
+
 CUDA_USABLE, CUDA_REASON = warpdecode.cuda_usable()
 
 
@@ -20,7 +22,7 @@ def pytest_terminal_summary(terminalreporter):
     """Says how many GPU tests did not run: never in silence."""
     skipped = [report for report in terminalreporter.getreports("skipped") if "gpu: " in str(report.longrepr)]
     if skipped:
-        terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {CUDA_REASON}")
+        terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {CUDA_REASON or 'see their reasons'}")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 import warpdecode.hf
 from warpdecode.bench import environment
 
-REPEATS = 3
+REPEATS = 7
 QWEN3_30B_A3B = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 
+import torch
 from torch import nn
 
 
@@ -54,7 +55,8 @@ def transformers_paths(layers, inputs, tokens: int) -> dict:
 
     def calls(implementation):
         made = _Calls()
-        made.eager = implementation == "eager"  # a loop over the experts hit: a device-to-host read per expert
+        # a loop over the experts: a device-to-host read per expert; grouped_mm falls back to one for other than bfloat16
+        made.eager = implementation == "eager" or (implementation == "grouped_mm" and layers.dtype != torch.bfloat16)
         for i, (x, ids, weights) in enumerate(inputs):
             made.append(
                 functools.partial(_call, modules[i % layers.copies], implementation, x, ids, weights.to(x.dtype))

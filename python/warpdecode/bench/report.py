@@ -6,6 +6,7 @@ README holds what this prints, between two markers; a test compares them, so tha
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -48,24 +49,29 @@ def layer_table(rows: list[dict]) -> str:
     peers = max(max(row["peer_errors"].values()) / row["rounding_floor"] for row in rows)
     lines += [
         "",
-        f"Error against FP64, in units of the output's own rounding: ours at most {ours:.3f}, transformers' paths up to "
-        f"{peers:.1f}.",
+        f"Error against FP64, in units of the output's own rounding: ours at most {ours:.3f}, transformers' paths up "
+        f"to {peers:.1f}.",
     ]
     return "\n".join(lines)
+
+
+def _spread(row: dict, which: str) -> str:
+    speeds = row["tokens_per_second"][which]
+    return f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})"
 
 
 def end_to_end_table(rows: list[dict]) -> str:
     """Tokens per second of generate(), stock and patched."""
     lines = [
-        f"`generate()` of {rows[0]['model']} weights, bfloat16, greedy, eager, {rows[0]['new_tokens']} new tokens; "
-        f"{conditions(rows[0])}.",
+        f"`generate()` of {rows[0]['model']} weights, bfloat16, greedy, eager, {rows[0]['new_tokens']} new tokens, "
+        f"medians of {len(rows[0]['tokens_per_second']['stock'])} rounds in turn; {conditions(rows[0])}.",
         "",
-        "| batch | stock, tokens/s (median of 3) | patched, tokens/s | ratio | largest logit difference (deviation) |",
+        "| batch | stock, tokens/s | patched, tokens/s | ratio | largest logit difference (deviation) |",
         "|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['batch']} | {row['stock_tokens_per_second']:.1f} | {row['patched_tokens_per_second']:.1f} | "
+            f"| {row['batch']} | {_spread(row, 'stock')} | {_spread(row, 'patched')} | "
             f"{row['speedup']:.2f} | {row['largest_logit_difference']:.3f} ({row['logit_standard_deviation']:.2f}) |"
         )
     return "\n".join(lines)
