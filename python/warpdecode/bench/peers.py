@@ -55,7 +55,7 @@ def transformers_paths(layers, inputs, tokens: int) -> dict:
 
     def calls(implementation):
         made = _Calls()
-        # a loop over the experts: a device-to-host read per expert; grouped_mm falls back to one for other than bfloat16
+        # a loop over the experts, with a device-to-host read each; grouped_mm falls back to one unless bfloat16
         made.eager = implementation == "eager" or (implementation == "grouped_mm" and layers.dtype != torch.bfloat16)
         for i, (x, ids, weights) in enumerate(inputs):
             made.append(
