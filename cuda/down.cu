@@ -111,14 +111,8 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
-  const int32_t *routes = searched;
-  int count;
-  if (lists.offsets) {
-    routes = lists.routes + lists.offsets[expert];
-    count = lists.offsets[expert + 1] - lists.offsets[expert];
-  } else {
-    count = search_routes(args.topk_ids, s.id_bytes, (int)s.tokens * s.top_k, expert, s.experts, searched, warp_counts);
-  }
+  const int32_t *routes;
+  const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
   const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate;
   const int first_row = (blockIdx.x * kRowWarps + threadIdx.x / 32) * 16;
   bool wait = dependent;

@@ -85,14 +85,8 @@ __global__ void __launch_bounds__(256, 2) gate_up_grouped(const wd_gate_up_args 
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
-  const int32_t *routes = searched;
-  int count;
-  if (lists.offsets) {
-    routes = lists.routes + lists.offsets[expert];
-    count = lists.offsets[expert + 1] - lists.offsets[expert];
-  } else {
-    count = search_routes(args.topk_ids, s.id_bytes, (int)s.tokens * s.top_k, expert, s.experts, searched, warp_counts);
-  }
+  const int32_t *routes;
+  const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
   const int tile = threadIdx.x / 32 / kQuarters, tiles = blockDim.x / 32 / kQuarters;
   const int neuron = (int)(blockIdx.x * tiles + tile) * 8;
   const T *weights = (const T *)args.gate_up_proj + (int64_t)expert * 2 * s.intermediate * s.hidden;

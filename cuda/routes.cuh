@@ -31,4 +31,16 @@ __device__ __forceinline__ int search_routes(const void *ids, int id_bytes, int 
   return found;
 }
 
+// The routes of `expert` in *routes, and their number: from the sorted lists where there are some, else by a search
+// into `searched` (kSearchedRoutes places of shared memory).
+__device__ __forceinline__ int routes_of(int expert, const wd_moe_shape &s, const void *ids, const RouteLists &lists,
+                                         int32_t *searched, int32_t *warp_counts, const int32_t **routes) {
+  if (lists.offsets) {
+    *routes = lists.routes + lists.offsets[expert];
+    return lists.offsets[expert + 1] - lists.offsets[expert];
+  }
+  *routes = searched;
+  return search_routes(ids, s.id_bytes, (int)s.tokens * s.top_k, expert, s.experts, searched, warp_counts);
+}
+
 } // namespace wd

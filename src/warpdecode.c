@@ -260,46 +260,48 @@ wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_token
   return WD_OK;
 }
 
+/* Check, choose, launch: what the three operations have in common. `written` is the call's result. */
+static wd_status operate(call *c, const wd_moe_experts *experts, const DLTensor *written, const char *name,
+                         void *workspace, size_t workspace_size, void *stream, const wd_options *options) {
+  WD_TRY(check_experts(c, experts));
+  WD_TRY(check_tensors(c));
+  WD_TRY(check_overlaps(c, written, name));
+  WD_TRY(check_run(c, workspace, workspace_size, stream, options));
+  if (c->intermediate == NULL) c->intermediate_bytes = pass_intermediate_bytes(&c->shape);
+  return run(c);
+}
+
+/* A missing tensor: check_tensors takes NULL for one that the operation does not have. */
+#define WD_GIVEN(tensor, letters)                                                                                      \
+  WD_CHECK((tensor) != NULL, WD_INVALID_ARGUMENT, #tensor ": was NULL, expected a tensor " letters)
+
 wd_status wd_moe_forward(const wd_moe_experts *experts, const DLTensor *hidden_states, const DLTensor *topk_ids,
                          const DLTensor *topk_weights, const DLTensor *output, void *workspace, size_t workspace_size,
                          void *stream, const wd_options *options) {
   call c = {.hidden_states = hidden_states, .topk_ids = topk_ids, .topk_weights = topk_weights, .output = output};
-  WD_CHECK(hidden_states != NULL, WD_INVALID_ARGUMENT, "hidden_states: was NULL, expected a tensor [T, H]");
-  WD_CHECK(topk_weights != NULL, WD_INVALID_ARGUMENT, "topk_weights: was NULL, expected a tensor [T, K]");
-  WD_CHECK(output != NULL, WD_INVALID_ARGUMENT, "output: was NULL, expected a tensor [T, H]");
-  WD_TRY(check_experts(&c, experts));
-  WD_TRY(check_tensors(&c));
-  WD_TRY(check_overlaps(&c, output, "output"));
-  WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
-  c.intermediate_bytes = pass_intermediate_bytes(&c.shape);
-  return run(&c);
+  WD_GIVEN(hidden_states, "[T, H]");
+  WD_GIVEN(topk_weights, "[T, K]");
+  WD_GIVEN(output, "[T, H]");
+  return operate(&c, experts, output, "output", workspace, workspace_size, stream, options);
 }
 
 wd_status wd_moe_gate_up_3d_batched(const wd_moe_experts *experts, const DLTensor *hidden_states,
                                     const DLTensor *topk_ids, const DLTensor *intermediate, void *workspace,
                                     size_t workspace_size, void *stream, const wd_options *options) {
   call c = {.hidden_states = hidden_states, .topk_ids = topk_ids, .intermediate = intermediate};
-  WD_CHECK(hidden_states != NULL, WD_INVALID_ARGUMENT, "hidden_states: was NULL, expected a tensor [T, H]");
-  WD_CHECK(intermediate != NULL, WD_INVALID_ARGUMENT, "intermediate: was NULL, expected a tensor [T, K, P, I]");
-  WD_TRY(check_experts(&c, experts));
-  WD_TRY(check_tensors(&c));
-  WD_TRY(check_overlaps(&c, intermediate, "intermediate"));
-  WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
-  return run(&c);
+  WD_GIVEN(hidden_states, "[T, H]");
+  WD_GIVEN(intermediate, "[T, K, P, I]");
+  return operate(&c, experts, intermediate, "intermediate", workspace, workspace_size, stream, options);
 }
 
 wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLTensor *intermediate, const DLTensor *topk_ids,
                                  const DLTensor *topk_weights, const DLTensor *output, void *workspace,
                                  size_t workspace_size, void *stream, const wd_options *options) {
   call c = {.topk_ids = topk_ids, .topk_weights = topk_weights, .intermediate = intermediate, .output = output};
-  WD_CHECK(intermediate != NULL, WD_INVALID_ARGUMENT, "intermediate: was NULL, expected a tensor [T, K, P, I]");
-  WD_CHECK(topk_weights != NULL, WD_INVALID_ARGUMENT, "topk_weights: was NULL, expected a tensor [T, K]");
-  WD_CHECK(output != NULL, WD_INVALID_ARGUMENT, "output: was NULL, expected a tensor [T, H]");
-  WD_TRY(check_experts(&c, experts));
-  WD_TRY(check_tensors(&c));
-  WD_TRY(check_overlaps(&c, output, "output"));
-  WD_TRY(check_run(&c, workspace, workspace_size, stream, options));
-  return run(&c);
+  WD_GIVEN(intermediate, "[T, K, P, I]");
+  WD_GIVEN(topk_weights, "[T, K]");
+  WD_GIVEN(output, "[T, H]");
+  return operate(&c, experts, output, "output", workspace, workspace_size, stream, options);
 }
 
 wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options) {
