@@ -131,6 +131,38 @@ def test_any_producer():
         warpdecode.moe(*(Producer(to_numpy(t)) for t in inputs), out=Producer(out))
 
 
+def test_arrays_are_let_go():
+    """Experts keeps no input of a past call alive."""
+    import weakref
+
+    inputs, _ = case(torch.float32)
+    arrays = [to_numpy(t) for t in inputs]
+    experts = warpdecode.Experts(*arrays[3:])
+    hidden = Producer(arrays[0].copy())
+    memory = weakref.ref(hidden.array)
+    experts(hidden, *arrays[1:3], out=np.zeros_like(arrays[0]))
+    del hidden
+    assert memory() is None
+
+
+def test_pool_outlives_a_call_that_uses_it():
+    """set_num_threads while other threads are in calls: the old pool ends after them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    layer = make_layer(8, 1536, 512, torch.bfloat16)
+    inputs = make_tokens(layer, 4, 4)
+    experts = warpdecode.Experts(layer.gate_up, layer.down)
+    expected, before = experts(*inputs), warpdecode.get_num_threads()
+    try:
+        with ThreadPoolExecutor(4) as executor:
+            calls = [executor.submit(experts, *inputs) for _ in range(60)]
+            for count in (1, 3, 2, 4, 2):
+                warpdecode.set_num_threads(count)
+            assert all(torch.equal(call.result(), expected) for call in calls)
+    finally:
+        warpdecode.set_num_threads(before)
+
+
 def test_torch_refusals():
     (x, ids, weights, gate_up, down), _ = case(torch.bfloat16)
     with pytest.raises(ValueError, match="hidden_states: requires a gradient"):

@@ -30,8 +30,9 @@ def _run(function, experts: Experts, like, inputs: dict, shape, out):
     address, owner = adapter.workspace(size[0], like)
     options = new_struct("wd_options")
     options.kernel = experts._kernel
+    pool = None
     if described.on_cpu:
-        options.threads = threads.pool()
+        pool = options.threads = threads.pool()  # under a name: see Experts.__call__
     check(
         function(
             described.struct,
@@ -44,7 +45,7 @@ def _run(function, experts: Experts, like, inputs: dict, shape, out):
         )
     )
     result = out if made is None else adapter.finish(made)
-    del owner  # alive until here
+    del owner, pool  # alive until here
     return result
 
 

@@ -30,6 +30,10 @@ class _Frame:
         self.workspace = None  # (address, owner), kept for the next call of this shape
         self.options = new_struct("wd_options")
 
+    def borrows(self) -> bool:
+        """Whether a slot holds a capsule: such a frame is not kept, or it would keep the caller's arrays alive."""
+        return not (self.hidden.keep is self.ids.keep is self.weights.keep is self.output.keep is None)
+
 
 class Experts:
     """One MoE layer's experts, described once and called many times.
@@ -123,9 +127,11 @@ class Experts:
         else:
             adapter_of(out, "out").bind(frame.output, out, True)
         size = self._workspace_bytes(frame, described)
+        pool = None
         workspace = frame.workspace or adapter.workspace(size, hidden_states)
         if described.on_cpu:
-            frame.options.threads = threads.pool()
+            # under a name, so that set_num_threads in another thread cannot end the pool during the call
+            pool = frame.options.threads = threads.pool()
             if size <= _KEPT_WORKSPACE_BYTES:
                 frame.workspace = workspace
         status = _forward(
@@ -141,7 +147,9 @@ class Experts:
         )
         if status != OK:
             check(status)
-        self._frames.append(frame)
+        if not frame.borrows():
+            self._frames.append(frame)
+        del pool
         return out if made is None else adapter.finish(made)
 
 

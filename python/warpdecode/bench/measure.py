@@ -46,12 +46,12 @@ def read_memory(memory: torch.Tensor, sink: torch.Tensor):
     """A function that reads the tensor's bytes once (wd_read_memory), for the ceiling."""
     adapter, slot = adapter_of(memory, "memory"), Slot("memory")
     adapter.bind(slot, memory)
-    options = new_struct("wd_options")
+    options, pool = new_struct("wd_options"), None
     if not memory.is_cuda:
-        options.threads = warpdecode.threads.pool()
+        pool = options.threads = warpdecode.threads.pool()
     place = ffi.cast("void *", sink.data_ptr())
 
-    def read():
+    def read(pool=pool):  # held as long as the function that uses it
         stream = ffi.cast("void *", adapter.stream(memory))
         check(lib.wd_read_memory(slot.tensor, place, stream, options))
 

@@ -4,8 +4,8 @@
     python -m warpdecode.demo.train --evaluate        measure the shipped model
 
 The shipped model is the default run (1200 steps, seed 0, one thread), which took 12 minutes on a shared machine.
-The same seed, thread count, torch version and kind of CPU should give the same weights; elsewhere sums are rounded in
-another order and the weights differ.
+Repeated with the same torch version on the same kind of CPU it gave the same file, byte for byte; elsewhere sums are
+rounded in another order and the weights differ.
 """
 
 from __future__ import annotations
