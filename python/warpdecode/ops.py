@@ -10,6 +10,7 @@ from warpdecode.slots import Slot
 ACTIVATIONS = {"silu": lib.WD_ACTIVATION_SILU, "gelu_tanh": lib.WD_ACTIVATION_GELU_TANH}
 
 _forward = lib.wd_moe_forward
+_cast, _VOID = ffi.cast, ffi.typeof("void *")
 _workspace_size = lib.wd_moe_workspace_size
 
 # A CPU call has ended when it returns, so its workspace can serve the next one; up to this size a frame keeps it. On
@@ -111,15 +112,17 @@ class Experts:
         Raises ValueError for bad arguments, naming the argument; RuntimeError where CUDA fails or is missing.
         """
         adapter = adapter_of(hidden_states, "hidden_states")
-        adapter.guard(hidden_states=hidden_states)
-        self._adapter.guard(gate_up_proj=self.gate_up_proj, down_proj=self.down_proj)
+        adapter.guard(
+            hidden_states=hidden_states,
+            topk_weights=topk_weights,
+            gate_up_proj=self.gate_up_proj,
+            down_proj=self.down_proj,
+        )
         described = self._current()
         frame = self._take_frame()
         adapter.bind(frame.hidden, hidden_states)
         adapter_of(topk_ids, "topk_ids").bind(frame.ids, topk_ids)
-        weights_adapter = adapter_of(topk_weights, "topk_weights")
-        weights_adapter.guard(topk_weights=topk_weights)
-        weights_adapter.bind(frame.weights, topk_weights)
+        adapter_of(topk_weights, "topk_weights").bind(frame.weights, topk_weights)
         made = None
         if out is None:
             made = adapter.empty_like(hidden_states)
@@ -140,9 +143,9 @@ class Experts:
             frame.ids.tensor,
             frame.weights.tensor,
             frame.output.tensor,
-            ffi.cast("void *", workspace[0]),
+            _cast(_VOID, workspace[0]),
             size,
-            ffi.cast("void *", adapter.stream(hidden_states)),
+            _cast(_VOID, adapter.stream(hidden_states)),
             frame.options,
         )
         if status != OK:

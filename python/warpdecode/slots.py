@@ -35,14 +35,15 @@ DTYPES = {
 class Slot:
     """One argument's DLTensor. `tensor` is what the C library reads; the rest says what it describes."""
 
-    __slots__ = ("_place", "_shape", "_strides", "address", "device", "dtype", "keep", "name", "shape", "tensor")
+    __slots__ = ("_shape", "_strides", "address", "device", "dtype", "keep", "name", "place", "shape", "tensor")
 
     def __init__(self, name: str):
         self.name = name
         self.tensor = None  # a DLTensor *, NULL-like None until first bound
         self.shape = self.dtype = self.device = None  # of the array bound last, in its framework's own terms
         self.keep = None  # what must live as long as the description
-        self.address = 0
+        self.address = 0  # of what was described last
+        self.place = None  # where the DLTensor has its address: writing there moves the description
 
     def describe(self, address: int, shape, strides, dtype: str, device_type: int, device_id: int) -> None:
         """Fills the DLTensor. strides: in elements, or None for compact ones; dtype: a name of DTYPES."""
@@ -55,7 +56,7 @@ class Slot:
             self.tensor = ffi.new("DLTensor *")
             self._shape = ffi.new("int64_t[]", MAX_AXES)
             self._strides = ffi.new("int64_t[]", MAX_AXES)
-            self._place = ffi.cast("uintptr_t *", ffi.addressof(self.tensor, "data"))
+            self.place = ffi.cast("uintptr_t *", ffi.addressof(self.tensor, "data"))
         tensor = self.tensor
         for axis, length in enumerate(shape):
             self._shape[axis] = length
@@ -69,11 +70,7 @@ class Slot:
         tensor.dtype.lanes = 1
         tensor.device.device_type, tensor.device.device_id = device_type, device_id
         tensor.byte_offset = 0
-        self.move(address)
-
-    def move(self, address: int) -> None:
-        """The same array description at another address."""
-        self._place[0] = self.address = address
+        self.place[0] = self.address = address
 
     def borrow(self, tensor, keep) -> None:
         """Takes the DLTensor of a capsule; `keep` keeps it alive."""

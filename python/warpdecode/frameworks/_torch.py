@@ -17,7 +17,7 @@ def bind(slot, array, writable=False):
     """Describe a tensor; only its address changes when shape, dtype and device are those of the last one."""
     device = array.get_device()
     if array.shape == slot.shape and array.dtype is slot.dtype and device == slot.device and array.is_contiguous():
-        slot.move(array.data_ptr())
+        slot.place[0] = array.data_ptr()
         return
     slot.shape = None  # until the description below is whole
     kind = array.device.type
@@ -37,7 +37,7 @@ def guard(**arrays):
     """Refuses a call whose result would have to carry a gradient: dropping it silently would train a wrong model."""
     if torch.is_grad_enabled():
         for name, array in arrays.items():
-            if array.requires_grad:
+            if getattr(array, "requires_grad", False):
                 raise ValueError(
                     f"{name}: requires a gradient, which these kernels do not compute; call under torch.no_grad(), or "
                     "pass a detached tensor"
