@@ -85,7 +85,7 @@ def rounding_floor(expected, dtype):
     return relative_error(expected.to(dtype), expected)
 
 
-def error_bound(expected, dtype, hidden, intermediate):
+def error_bound(expected, dtype):
     """Bound of the relative error: the output's rounding, the intermediate's, and the sums' in FP32.
 
     Rounding the output and 16 bits of the intermediate are independent, so they add as squares. A sum of n products in
@@ -96,7 +96,6 @@ def error_bound(expected, dtype, hidden, intermediate):
     floor = rounding_floor(expected, dtype)
     intermediate_error = 2.0**-17 if dtype != torch.float32 else 0.0
     sums = 4 * 3 * 2.0**-22
-    del hidden, intermediate
     return 1.02 * float(np.hypot(floor, intermediate_error)) + sums
 
 
