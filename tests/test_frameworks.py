@@ -169,8 +169,15 @@ def test_torch_refusals():
         warpdecode.moe(x.clone().requires_grad_(), ids, weights, gate_up, down)
     with pytest.raises(ValueError, match="gate_up_proj: requires a gradient"):
         warpdecode.moe(x, ids, weights, torch.nn.Parameter(gate_up), down)
+    trained = warpdecode.Experts(gate_up, torch.nn.Parameter(down))
+    with pytest.raises(ValueError, match="down_proj: requires a gradient"):
+        warpdecode.moe_gate_up_3d_batched(trained, x, ids)
     with torch.no_grad():
+        inter = warpdecode.moe_gate_up_3d_batched(trained, x, ids)
         warpdecode.moe(x, ids, weights, torch.nn.Parameter(gate_up), down)
+    with pytest.raises(ValueError, match="topk_weights: requires a gradient"):
+        warpdecode.moe_down_3d_batched(warpdecode.Experts(gate_up, down), inter, ids, weights.requires_grad_())
+    weights = weights.detach()
     with pytest.raises(ValueError, match="hidden_states: was on meta"):
         warpdecode.moe(x.to("meta"), ids, weights, gate_up, down)
     with pytest.raises(ValueError, match=r"subclass of torch.Tensor"):

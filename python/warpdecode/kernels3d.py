@@ -11,12 +11,11 @@ from warpdecode.slots import Slot
 
 def _run(function, experts: Experts, like, inputs: dict, shape, out):
     adapter = adapter_of(like, next(iter(inputs)))
+    adapter.guard(**inputs, gate_up_proj=experts.gate_up_proj, down_proj=experts.down_proj)
     slots = []
     for name, array in inputs.items():
-        input_adapter = adapter_of(array, name)
-        input_adapter.guard(**{name: array})
         slots.append(Slot(name))
-        input_adapter.bind(slots[-1], array)
+        adapter_of(array, name).bind(slots[-1], array)
     described = experts._current()
     output, made = Slot("out"), None
     if out is None:
