@@ -68,12 +68,25 @@ if(NOT WARPDECODE_CUDA_FOUND)
 endif()
 message(STATUS "warpdecode: CUDA kernels for ${architecture_names} by ${WARPDECODE_NVCC}")
 
+# wgmma exists on compute capability 9.0 alone, and only when the target is written sm_90a.
+set(tiled_flags ${nvcc_flags})
+list(FILTER tiled_flags EXCLUDE REGEX "^-gencode")
+list(APPEND tiled_flags -gencode=arch=compute_90a,code=sm_90a)
+set(tiled_built "")
+if("90" IN_LIST WARPDECODE_CUDA_ARCHITECTURES)
+  set(tiled_built -DWD_CUDA_TILED_BUILT)
+endif()
+
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cu)
 foreach(source IN LISTS cuda_sources)
   get_filename_component(stem ${source} NAME_WE)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda_${stem}.o)
+  set(flags ${nvcc_flags})
+  if(stem MATCHES "_tiled$")
+    set(flags ${tiled_flags})
+  endif()
   add_custom_command(OUTPUT ${object}
-    COMMAND ${WARPDECODE_NVCC} ${nvcc_flags} -DWD_CUDA_ARCHITECTURES=\"${architecture_names}\" -I${DLPACK_INCLUDE_DIR}
+    COMMAND ${WARPDECODE_NVCC} ${flags} ${tiled_built} -DWD_CUDA_ARCHITECTURES=\"${architecture_names}\" -I${DLPACK_INCLUDE_DIR}
             -MD -MF ${object}.d -c ${source} -o ${object}
     DEPENDS ${source} DEPFILE ${object}.d COMMENT "nvcc ${stem}.cu" VERBATIM)
   list(APPEND cuda_objects ${object})

@@ -4,8 +4,8 @@
 //   * k is cut into chunks of 32. A chunk is two mma.m16n8k16: the lane with t = lane % 4 holds k = 8t..8t+7 of the
 //     chunk with one 16-byte load; its first four values are its share of the first product, the last four of the
 //     second. Both operands agree, so the order within a product is free, and nothing is shuffled.
-//   * the chunks are cut into four quarters, [C*q/4, C*(q+1)/4). A quarter is one chain of products from zero.
-//   * dot = (q0 + q1) + (q2 + q3).
+//   * a row is one chain of products from zero, in ascending k. One chain, because whatever must be kept beside it
+//     (quarters, halves) takes accumulators from the kernels that serve many tokens at a time.
 // A column of a product does not depend on the other columns, so it does not matter which tokens share a product, or
 // how many: every schedule below gives the same bits.
 #pragma once
@@ -16,8 +16,7 @@
 
 namespace wd {
 
-constexpr int kQuarters = 4; // warps that share a dot product
-constexpr int kChunk = 32;   // k of one step: 4 lanes x 16 bytes of a row
+constexpr int kChunk = 32; // k of one step: 4 lanes x 16 bytes of a row
 
 // ---- element types --------------------------------------------------------------------------------------------------
 
@@ -69,6 +68,15 @@ __device__ __forceinline__ uint4 load_weights(const void *p, bool valid) {
   return v;
 }
 
+// The same without a predicate, for addresses that can always be read.
+__device__ __forceinline__ uint4 load_weights_always(const void *p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
 // 16 bytes of activations, which every warp of the block reads again: kept in L1. Not .nc: under programmatic dependent
 // launch the intermediate is written while this grid already runs.
 __device__ __forceinline__ uint4 load_activations(const void *p, bool valid) {
@@ -98,39 +106,27 @@ __device__ __forceinline__ void allow_next_grid() {
 
 // ---- the streamed dot product ---------------------------------------------------------------------------------------
 
-// The quarters of a row of `length` values, and the first chunk that is beyond it for the lane with t = lane % 4.
+// Chunks of a row of `length` values, and the first chunk that is beyond it for the lane with t = lane % 4: length is a
+// multiple of 8, not of 32, so that in the last chunk some lanes' eight values lie beyond the row.
 __device__ __forceinline__ int chunks_of(int length) {
   return (length + kChunk - 1) / kChunk;
-}
-__device__ __forceinline__ int quarter_begin(int length, int quarter) {
-  return (int)((int64_t)chunks_of(length) * quarter / kQuarters);
 }
 __device__ __forceinline__ int lane_limit(int length, int t) {
   return (length - 8 * t + kChunk - 1) / kChunk;
 }
 
-__device__ __forceinline__ float add_quarters(float q0, float q1, float q2, float q3) {
-  return __fadd_rn(__fadd_rn(q0, q1), __fadd_rn(q2, q3));
-}
-
-constexpr int kWhole = kQuarters; // quarters of a whole row
-
-// One warp: c[part][tile] = rows (16) . columns (8 per tile), over one quarter (QUARTERS == 1) or the whole row
-// (kWhole). Lane (g = lane / 4, t = lane % 4) reads rows g and g + 8 and column g of each tile; row and column pointers
-// are the lane's own, 8t included. c[..][0,1]: row g, columns 2t, 2t+1; c[..][2,3]: row g + 8. WEIGHTS_AHEAD chunks of
-// weights are in flight, COLUMNS_AHEAD of activations. before_columns() runs between the first loads of weights and the
-// first of activations: the place for wait_for_previous_grid().
-template <class T, int TILES, int PARTS, int QUARTERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, class Before>
+// One warp: c[part][tile] = rows (16) . columns (8 per tile). Lane (g = lane / 4, t = lane % 4) reads rows g and g + 8
+// and column g of each tile; row and column pointers are the lane's own, 8t included. c[..][0,1]: row g, columns 2t,
+// 2t+1; c[..][2,3]: row g + 8. WEIGHTS_AHEAD chunks of weights are in flight, COLUMNS_AHEAD of activations.
+// before_columns() runs between the first loads of weights and the first of activations: the place for
+// wait_for_previous_grid().
+template <class T, int TILES, int PARTS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, class Before>
 __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T *row_low, const T *row_high,
                                            const T *const (&column)[TILES], int64_t part_stride, int length,
-                                           int quarter, Before before_columns) {
+                                           Before before_columns) {
   static_assert(WEIGHTS_AHEAD % COLUMNS_AHEAD == 0, "the unrolled body uses compile-time slots only");
-  static_assert(QUARTERS == 1 || QUARTERS == kWhole, "a quarter or all of them");
   uint4 a[WEIGHTS_AHEAD][2], b[COLUMNS_AHEAD][PARTS][TILES];
-  float pair[PARTS][TILES][4], third[PARTS][TILES][4]; // q0, then q0 + q1; q2. Dead, and no registers, for one quarter.
-  const int begin = quarter_begin(length, quarter), end = quarter_begin(length, quarter + QUARTERS);
-  // length is a multiple of 8, not of 32: in the last chunk some lanes' eight values lie beyond the row
-  const int limit = min(end, lane_limit(length, threadIdx.x % 4));
+  const int chunks = chunks_of(length), limit = lane_limit(length, threadIdx.x % 4);
   auto load_a = [&](int slot, int chunk) {
     const bool valid = chunk < limit;
     a[slot][0] = load_weights(row_low + (int64_t)chunk * kChunk, valid);
@@ -144,39 +140,25 @@ __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T 
       for (int part = 0; part < PARTS; part++)
         b[slot][part][tile] = load_activations(column[tile] + part * part_stride + (int64_t)chunk * kChunk, valid);
   };
-  auto each = [&](auto action) {
-#pragma unroll
-    for (int part = 0; part < PARTS; part++)
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          action(c[part][tile][i], pair[part][tile][i], third[part][tile][i]);
-  };
-  int done = 0, next = quarter_begin(length, 1); // quarters summed, and where the current one ends (whole rows)
-  auto close_quarters = [&](int chunk) {         // a loop, because the quarters of a short row may be empty
-    while (done < kQuarters && chunk == next) {
-      if (done == 0) each([](float &sum, float &q01, float &) { q01 = sum, sum = 0.0f; });
-      if (done == 1) each([](float &sum, float &q01, float &) { q01 = __fadd_rn(q01, sum), sum = 0.0f; });
-      if (done == 2) each([](float &sum, float &, float &q2) { q2 = sum, sum = 0.0f; });
-      if (done == 3) each([](float &sum, float &q01, float &q2) { sum = __fadd_rn(q01, __fadd_rn(q2, sum)); });
-      next = quarter_begin(length, ++done + 1);
-    }
-  };
 #pragma unroll
   for (int i = 0; i < WEIGHTS_AHEAD; i++)
-    load_a(i, begin + i);
+    load_a(i, i);
   before_columns();
 #pragma unroll
   for (int i = 0; i < COLUMNS_AHEAD; i++)
-    load_b(i, begin + i);
-  each([](float &sum, float &, float &) { sum = 0.0f; });
-  if (QUARTERS == kWhole) close_quarters(0);
-  for (int chunk = begin; chunk < end; chunk += WEIGHTS_AHEAD) {
+    load_b(i, i);
+#pragma unroll
+  for (int part = 0; part < PARTS; part++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        c[part][tile][i] = 0.0f;
+  for (int chunk = 0; chunk < chunks; chunk += WEIGHTS_AHEAD) {
 #pragma unroll
     for (int i = 0; i < WEIGHTS_AHEAD; i++) {
       const int j = i % COLUMNS_AHEAD;
-      if (chunk + i < end) { // a product of zeros would turn a sum of -0 into +0: bits must not depend on the unrolling
+      if (chunk + i < chunks) { // a product of zeros could turn a sum of -0 into +0: bits must not hang on unrolling
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -191,12 +173,34 @@ __device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T 
             const uint4 &v = b[j][part][tile];
             Element<T>::mma(c[part][tile], a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w, v.z, v.w);
           }
-        if (QUARTERS == kWhole) close_quarters(chunk + i + 1);
       }
       load_a(i, chunk + i + WEIGHTS_AHEAD);
       load_b(j, chunk + i + COLUMNS_AHEAD);
     }
   }
+}
+
+// ---- the intermediate in two parts ----------------------------------------------------------------------------------
+
+// Two neighbouring values, one 4-byte store.
+template <class T> union Pair {
+  T value[2];
+  uint32_t bits;
+  __device__ Pair() : bits(0) {
+  }
+};
+
+// act(gate) * up as a high and a low part.
+template <class T> __device__ __forceinline__ void split_intermediate(float activated, float up, T *high, T *low) {
+  const float value = __fmul_rn(activated, up);
+  *high = Element<T>::round(value);
+  const float rest = __fsub_rn(value, Element<T>::widen(*high));
+  *low = Element<T>::round(isfinite(rest) ? rest * Element<T>::kLowScale : 0.0f); // inf - inf would be NaN
+}
+
+// dot(high) + dot(low) * 2^-S
+template <class T> __device__ __forceinline__ float join_parts(float high, float low) {
+  return __fadd_rn(high, __fmul_rn(low, 1.0f / Element<T>::kLowScale));
 }
 
 // ---- routing --------------------------------------------------------------------------------------------------------

@@ -11,20 +11,30 @@ wd_status cuda_failed(cudaError_t error, const char *what) {
   return wd_fail(WD_CUDA_ERROR, "CUDA: %s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-// Compute capability by device, 0 while unknown. Read-only once written, and every writer writes the same.
+// What is asked on every call, by device; 0 while unknown. Read-only once written, and every writer writes the same.
 constexpr int kCachedDevices = 64;
-static std::atomic<int> capabilities[kCachedDevices];
+struct Cache {
+  std::atomic<int> values[kCachedDevices];
+};
+static Cache capabilities, multiprocessor_counts;
+
+template <class Ask> static wd_status cached(Cache &cache, int device, int *value, Ask ask) {
+  const bool fits = device >= 0 && device < kCachedDevices;
+  *value = fits ? cache.values[device].load(std::memory_order_relaxed) : 0;
+  if (*value != 0) return WD_OK;
+  WD_TRY(ask());
+  if (fits) cache.values[device].store(*value, std::memory_order_relaxed);
+  return WD_OK;
+}
 
 static wd_status compute_capability(int device, int *capability) {
-  const bool cached = device >= 0 && device < kCachedDevices;
-  *capability = cached ? capabilities[device].load(std::memory_order_relaxed) : 0;
-  if (*capability != 0) return WD_OK;
-  int major = 0, minor = 0;
-  WD_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  WD_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  *capability = 10 * major + minor;
-  if (cached) capabilities[device].store(*capability, std::memory_order_relaxed);
-  return WD_OK;
+  return cached(capabilities, device, capability, [&]() -> wd_status {
+    int major = 0, minor = 0;
+    WD_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    WD_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    *capability = 10 * major + minor;
+    return WD_OK;
+  });
 }
 
 wd_status serves_dependent_launch(bool *serves) {
@@ -33,6 +43,15 @@ wd_status serves_dependent_launch(bool *serves) {
   WD_TRY(compute_capability(device, &capability));
   *serves = capability >= 90;
   return WD_OK;
+}
+
+wd_status multiprocessors(int *count) {
+  int device = 0;
+  WD_CUDA(cudaGetDevice(&device));
+  return cached(multiprocessor_counts, device, count, [&]() -> wd_status {
+    WD_CUDA(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+    return WD_OK;
+  });
 }
 
 // The sentence for a machine on which CUDA cannot be used at all.
@@ -68,7 +87,6 @@ wd_status wd_cuda_enter(int32_t device, int32_t *previous) {
     status = wd_fail(WD_UNSUPPORTED, "device: compute capability was %d.%d, expected 8.0 or newer", capability / 10,
                      capability % 10);
   if (status != WD_OK) (void)wd_cuda_leave(current); // the first failure is the one to report
-  if (status == WD_OK && device != current) *previous = current;
   return status;
 }
 
@@ -107,6 +125,19 @@ wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
   info->l2_bytes = properties.l2CacheSize;
   info->memory_bytes = (int64_t)properties.totalGlobalMem;
   return WD_OK;
+}
+
+int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape) {
+  if (schedule == WD_CUDA_DIRECT) return shape->top_k <= WD_CUDA_DIRECT_MAX_TOP_K;
+  if (schedule == WD_CUDA_GROUPED) return 1;
+#ifdef WD_CUDA_TILED_BUILT
+  int capability = 0;
+  return shape->experts <= WD_CUDA_TILED_MAX_EXPERTS && wd::compute_capability(device, &capability) == WD_OK &&
+         capability == 90;
+#else
+  (void)device;
+  return 0;
+#endif
 }
 
 int wd_cuda_usable(void) {

@@ -7,6 +7,14 @@ namespace wd {
 // Whether the current device serves programmatic dependent launch (compute capability 9.0 and later).
 wd_status serves_dependent_launch(bool *serves);
 
+// Multiprocessors of the current device.
+wd_status multiprocessors(int *count);
+
+// Whether experts have few routes each, so that reading them is all that counts: small tiles, and deep loads.
+inline bool few_routes(const wd_moe_shape &s) {
+  return s.tokens * s.top_k <= 24 * (int64_t)s.experts;
+}
+
 // Blocks that share one expert's list of routes: 1 while decoding (each expert is read once), more for long lists, so
 // that an expert with many tokens does not keep one row of blocks busy alone.
 inline unsigned list_splits(const wd_moe_shape &s) {

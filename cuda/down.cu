@@ -7,12 +7,10 @@
 // and the slots are combined in slot order, one fused multiply-add each, from zero.
 // A warp owns 16 hidden rows of one expert. Bytes: H*I*2 per distinct expert.
 //
-// direct:  a block serves 16 rows of one token: all its slots and quarters at once (up to 32 warps), combined in shared
-//          memory, one launch, nothing written but the output.
+// direct:  a block serves 16 rows of one token, a warp a slot, combined in shared memory: one launch, nothing written
+//          but the output.
 // grouped: a block serves 64 rows of one expert, 16 a warp, for all its routes, 8 or 16 at a time, and writes v[t,k,h]
-// in
-//          FP32 to scratch (it stays in L2); combine_slots adds them up. A warp streams whole rows: with a quarter
-//          each, a block of 16 rows had only 24 KB to read (I = 768) and spent its time starting and meeting.
+//          in FP32 to scratch (it stays in L2); combine_slots adds them up.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
 #include "device.cuh"
 #include "launch.cuh"
@@ -20,57 +18,45 @@
 
 namespace wd {
 
-// dot(high) + dot(low) * 2^-S, from the four quarters of each
-template <class T> __device__ __forceinline__ float join_parts(float high, float low) {
-  return __fadd_rn(high, __fmul_rn(low, 1.0f / Element<T>::kLowScale));
-}
+constexpr int kParallelSlots = WD_CUDA_DIRECT_MAX_TOP_K; // slots that a direct block streams at the same time
 
-constexpr int kParallelSlots = 8; // slots that a direct block streams at the same time
-
-// grid (H / 16, T), block 32 * kQuarters * parallel slots
+// grid (H / 16, T), block 32 * K
 template <class T>
-__global__ void __launch_bounds__(32 * kQuarters * kParallelSlots)
-    down_direct(const wd_down_args args, bool dependent) {
-  __shared__ float partial[WD_CUDA_DIRECT_MAX_TOP_K][2][16][kQuarters];
+__global__ void __launch_bounds__(32 * kParallelSlots) down_direct(const wd_down_args args, bool dependent) {
+  __shared__ float values[kParallelSlots][16];
   const wd_moe_shape &s = args.shape;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int quarter = warp % kQuarters, first_slot = warp / kQuarters, slots = blockDim.x / 32 / kQuarters;
+  const int slot = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * 16;
   const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
-  for (int slot = first_slot; slot < s.top_k; slot += slots) {
-    const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
-    if (expert < 0) continue;
+  const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
+  if (expert >= 0) {
     const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate + 8 * t;
     const T *row_low = weights + (int64_t)(first_row + g) * s.intermediate;
     const T *row_high = weights + (int64_t)min(first_row + g + 8, s.hidden - 1) * s.intermediate;
     const T *const column[1] = {(const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate + 8 * t};
     float c[2][1][4];
-    stream_dot<T, 1, 2, 1, 2, 1>(c, row_low, row_high, column, s.intermediate, s.intermediate, quarter, [&] {
+    stream_dot<T, 1, 2, 8, 2>(c, row_low, row_high, column, s.intermediate, s.intermediate, [&] {
       if (dependent) wait_for_previous_grid();
     });
-    if (t == 0) // all eight columns are the same route
-#pragma unroll
-      for (int part = 0; part < 2; part++) {
-        partial[slot][part][g][quarter] = c[part][0][0];
-        partial[slot][part][g + 8][quarter] = c[part][0][2];
-      }
+    if (t == 0) { // all eight columns are the same route
+      values[slot][g] = join_parts<T>(c[0][0][0], c[1][0][0]);
+      values[slot][g + 8] = join_parts<T>(c[0][0][2], c[1][0][2]);
+    }
+  } else if (dependent) {
+    wait_for_previous_grid(); // also where no id was valid: see down_grouped
   }
-  if (dependent) wait_for_previous_grid(); // also where no id was valid: see down_grouped
   __syncthreads();
   const int row = threadIdx.x;
   if (row >= 16 || first_row + row >= s.hidden) return;
   float sum = 0.0f;
-  for (int slot = 0; slot < s.top_k; slot++) {
-    if (expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts) < 0) continue;
-    const float *high = partial[slot][0][row], *low = partial[slot][1][row];
-    const float v =
-        join_parts<T>(add_quarters(high[0], high[1], high[2], high[3]), add_quarters(low[0], low[1], low[2], low[3]));
-    sum = __fmaf_rn(widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot), v, sum);
+  for (int i = 0; i < s.top_k; i++) {
+    if (expert_of(args.topk_ids, s.id_bytes, first_route + i, s.experts) < 0) continue;
+    sum = __fmaf_rn(widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + i), values[i][row], sum);
   }
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
 }
 
-// 16 rows of one expert against 8*TILES routes by one warp alone: the whole row, no other warp to wait for.
+// 16 rows of one expert against 8*TILES routes by one warp.
 template <class T, int TILES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD>
 __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *expert, int first_row,
                                           const int32_t *routes, int count, bool wait) {
@@ -85,17 +71,17 @@ __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *exp
     column[tile] =
         (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
   float c[2][TILES][4];
-  stream_dot<T, TILES, 2, kWhole, WEIGHTS_AHEAD, COLUMNS_AHEAD>(c, row_low, row_high, column, s.intermediate,
-                                                                s.intermediate, 0, [&] {
-                                                                  if (wait) wait_for_previous_grid();
-                                                                });
+  stream_dot<T, TILES, 2, WEIGHTS_AHEAD, COLUMNS_AHEAD>(c, row_low, row_high, column, s.intermediate, s.intermediate,
+                                                        [&] {
+                                                          if (wait) wait_for_previous_grid();
+                                                        });
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int column_index = 8 * tile + 2 * t + j;
       if (column_index >= count) continue;
-      float *out = (float *)args.scratch + (int64_t)routes[column_index] * s.hidden + row;
+      float *out = down_values(args) + (int64_t)routes[column_index] * s.hidden + row;
       if (row < s.hidden) out[0] = join_parts<T>(c[0][tile][j], c[1][tile][j]);
       if (row + 8 < s.hidden) out[8] = join_parts<T>(c[0][tile][2 + j], c[1][tile][2 + j]);
     }
@@ -141,7 +127,7 @@ template <class T> __global__ void __launch_bounds__(256) combine_slots(const wd
   for (int slot = 0; slot < s.top_k; slot++) {
     const int64_t route = token * s.top_k + slot;
     if (expert_of(args.topk_ids, s.id_bytes, route, s.experts) < 0) continue;
-    const float4 v = __ldcg((const float4 *)((const float *)args.scratch + route * s.hidden + h));
+    const float4 v = __ldcg((const float4 *)(down_values(args) + route * s.hidden + h));
     const float weight = widen_weight(args.topk_weights, args.topk_weights_dtype, route);
     sum[0] = __fmaf_rn(weight, v.x, sum[0]);
     sum[1] = __fmaf_rn(weight, v.y, sum[1]);
@@ -159,23 +145,26 @@ template <class T> __global__ void __launch_bounds__(256) combine_slots(const wd
 }
 
 template <class T>
-wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool dependent, cudaStream_t stream) {
+wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_gate_up, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   bool early_launch;
   WD_TRY(serves_dependent_launch(&early_launch));
-  dependent = dependent && early_launch;
-  if (schedule == WD_CUDA_DIRECT) {
-    const int rounds = (s.top_k + kParallelSlots - 1) / kParallelSlots, slots = (s.top_k + rounds - 1) / rounds;
-    return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens),
-                  dim3(32 * kQuarters * slots), 0, stream, dependent, args, dependent);
+  const bool dependent = behind_gate_up && early_launch;
+  if (schedule == WD_CUDA_DIRECT)
+    return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens), dim3(32 * s.top_k), 0,
+                  stream, dependent, args, dependent);
+  RouteLists lists = {};
+  if (schedule == WD_CUDA_TILED || needs_lists(s)) {
+    // behind our own gate_up the lists are there: it made them, and let this grid start only then
+    if (!behind_gate_up) WD_TRY(sort_routes(s, args.topk_ids, args.scratch, stream));
+    lists = sorted_routes(s, args.scratch);
   }
-  const size_t v_bytes = align16((size_t)s.tokens * s.top_k * s.hidden * sizeof(float));
-  RouteLists lists;
-  WD_TRY(sort_routes(s, args.topk_ids, (char *)args.scratch + v_bytes, stream, &lists));
-  if (lists.offsets) dependent = false; // the grid before is sort_routes now, which never lets another start early
-  WD_TRY(launch("down_grouped", down_grouped<T>,
-                dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
-                dim3(32 * kRowWarps), 0, stream, dependent, args, lists, dependent));
+  if (schedule == WD_CUDA_TILED)
+    WD_TRY(down_tiled(args, lists, dependent, stream));
+  else
+    WD_TRY(launch("down_grouped", down_grouped<T>,
+                  dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
+                  dim3(32 * kRowWarps), 0, stream, dependent, args, lists, dependent));
   const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
   return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);
 }
@@ -183,7 +172,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool depende
 } // namespace wd
 
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
-  return wd::align16((size_t)s->tokens * s->top_k * s->hidden * sizeof(float)) + wd::sorted_routes_bytes(*s);
+  return wd::sorted_routes_bytes(*s) + wd::align16((size_t)s->tokens * s->top_k * s->hidden * sizeof(float));
 }
 
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {

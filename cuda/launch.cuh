@@ -36,13 +36,18 @@ constexpr size_t align16(size_t bytes) {
   return (bytes + 15) / 16 * 16;
 }
 
-// Bytes of sort_routes' scratch (0 when the blocks search for themselves), and the launch itself (routes.cu).
 struct RouteLists;
 } // namespace wd
 
 #include "../src/args.h"
 namespace wd {
+
+// Routes sorted by expert (routes.cu), at the start of the scratch: bytes, the launch, and where its result lies.
 size_t sorted_routes_bytes(const wd_moe_shape &shape);
-wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, cudaStream_t stream,
-                      RouteLists *lists);
+wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, cudaStream_t stream);
+RouteLists sorted_routes(const wd_moe_shape &shape, const void *scratch);
+
+// The tiled schedule (tiled.cuh). dependent: the grid before is this call's gate_up.
+wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream);
+wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream);
 } // namespace wd

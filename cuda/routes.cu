@@ -12,6 +12,7 @@ namespace wd {
 __global__ void __launch_bounds__(512)
     sort_routes_kernel(const void *ids, int id_bytes, int routes, int experts, int32_t *offsets, int32_t *lists) {
   __shared__ int32_t below[16], mine[16];
+  allow_next_grid(); // it waits for this one before it looks
   const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   int count = 0;
   for (int route = thread; route < routes; route += blockDim.x) {
@@ -30,19 +31,18 @@ __global__ void __launch_bounds__(512)
 }
 
 size_t sorted_routes_bytes(const wd_moe_shape &s) {
-  const int64_t routes = s.tokens * s.top_k;
-  return routes > kSearchedRoutes ? align16((size_t)(s.experts + 1 + routes) * sizeof(int32_t)) : 0;
+  return sorted_routes_span(s);
 }
 
-wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, cudaStream_t stream, RouteLists *lists) {
-  *lists = {};
-  const int64_t routes = s.tokens * s.top_k;
-  if (routes <= kSearchedRoutes) return WD_OK;
-  int32_t *offsets = (int32_t *)scratch, *sorted = offsets + s.experts + 1;
-  WD_TRY(launch("sort_routes", sort_routes_kernel, dim3(s.experts), dim3(512), 0, stream, false, ids, s.id_bytes,
-                (int)routes, s.experts, offsets, sorted));
-  *lists = {offsets, sorted};
-  return WD_OK;
+RouteLists sorted_routes(const wd_moe_shape &s, const void *scratch) {
+  const int32_t *offsets = (const int32_t *)scratch;
+  return {offsets, offsets + s.experts + 1};
+}
+
+wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, cudaStream_t stream) {
+  int32_t *offsets = (int32_t *)scratch;
+  return launch("sort_routes", sort_routes_kernel, dim3(s.experts), dim3(512), 0, stream, false, ids, s.id_bytes,
+                (int)(s.tokens * s.top_k), s.experts, offsets, offsets + s.experts + 1);
 }
 
 } // namespace wd

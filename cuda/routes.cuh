@@ -8,6 +8,18 @@ namespace wd {
 // have to end before the first weight is read. Above, sort_routes runs first.
 constexpr int kSearchedRoutes = 2048;
 
+inline bool needs_lists(const wd_moe_shape &s) {
+  return s.tokens * s.top_k > kSearchedRoutes;
+}
+
+// v[T*K, H] of down: in the scratch, behind the sorted routes.
+__host__ __device__ __forceinline__ size_t sorted_routes_span(const wd_moe_shape &s) {
+  return ((size_t)(s.experts + 1 + s.tokens * s.top_k) * sizeof(int32_t) + 15) / 16 * 16;
+}
+__device__ __forceinline__ float *down_values(const wd_down_args &args) {
+  return (float *)((char *)args.scratch + sorted_routes_span(args.shape));
+}
+
 // Writes the routes of `expert` to list, in ascending order, and returns their number to every thread. All threads of
 // the block call it; list and warp_counts (one int a warp) are in shared memory.
 __device__ __forceinline__ int search_routes(const void *ids, int id_bytes, int routes, int expert, int experts,

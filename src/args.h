@@ -50,7 +50,7 @@ typedef struct {
   const void *topk_weights; /* [T, K] */
   const void *down_proj;    /* [E, H, I] */
   void *output;             /* [T, H] */
-  void *scratch;            /* as above; not the bytes gate_up leaves for down: nothing is carried over */
+  void *scratch;            /* as above; behind gate_up of the same call, the scratch that gate_up had */
 } wd_down_args;
 
 #endif /* WD_ARGS_H */

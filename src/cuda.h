@@ -9,11 +9,15 @@
 extern "C" {
 #endif
 
-/* The schedules (schedule.c chooses). Both give the same bits. */
-typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED } wd_cuda_schedule;
+/* The schedules (schedule.c chooses). All give the same bits. */
+typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED, WD_CUDA_TILED } wd_cuda_schedule;
 
-/* Most slots that the direct schedule serves. */
+/* Most slots that the direct schedule serves, most experts that the tiled one does. */
 #define WD_CUDA_DIRECT_MAX_TOP_K 16
+#define WD_CUDA_TILED_MAX_EXPERTS 512
+
+/* 1 when the schedule serves this shape on this device: tiled needs compute capability 9.0 and a build for it. */
+int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape);
 
 /* Makes `device` current and remembers the one that was; wd_cuda_leave restores it. Fails with WD_NO_CUDA where this
  * build or this machine cannot run CUDA. */

@@ -5,9 +5,10 @@
 
 #ifdef WD_WITH_CUDA
 static const wd_kernel cuda_kernels[] = {
+    {"cuda_direct", "a warp a route's rows, for few tokens; top_k up to 16", kDLCUDA, NULL, WD_CUDA_DIRECT},
+    {"cuda_tiled", "resident blocks, wgmma; compute capability 9.0, up to 512 experts", kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
      WD_CUDA_GROUPED},
-    {"cuda_direct", "a block a route's rows, for few tokens; top_k up to 16", kDLCUDA, NULL, WD_CUDA_DIRECT},
 };
 enum { CUDA_KERNELS = sizeof cuda_kernels / sizeof *cuda_kernels };
 #else
@@ -33,38 +34,42 @@ int wd_kernel_usable(const wd_kernel *kernel) {
   return kernel->device_type == kDLCPU ? wd_cpu_isa_usable(kernel->isa) : wd_cuda_usable();
 }
 
-static int fits(const wd_kernel *kernel, const wd_moe_shape *shape) {
-  return kernel->device_type == kDLCPU || kernel->schedule != WD_CUDA_DIRECT ||
-         shape->top_k <= WD_CUDA_DIRECT_MAX_TOP_K;
+static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *shape) {
+#ifdef WD_WITH_CUDA
+  if (kernel->device_type == kDLCUDA) return wd_cuda_serves(kernel->schedule, device.device_id, shape);
+#endif
+  (void)kernel, (void)device, (void)shape;
+  return 1;
 }
 
-/* Direct reads an expert once per route, grouped once: with at most E/4 routes drawn evenly, direct reads at most 13%
- * more than grouped, most of it from L2, and has no empty blocks and no second launch. */
+/* Direct reads an expert once per route, the others once: with at most E/4 routes drawn evenly, direct reads at most
+ * 13% more than they do, most of it from L2, and has nothing to look up and no second launch. */
 static int prefers_direct(const wd_moe_shape *shape) {
   return shape->tokens == 1 || 4 * shape->tokens * shape->top_k <= shape->experts;
 }
 
-wd_status wd_choose_kernel(int32_t device_type, const wd_moe_shape *shape, const char *name, wd_kernel *kernel) {
+wd_status wd_choose_kernel(DLDevice device, const wd_moe_shape *shape, const char *name, wd_kernel *kernel) {
   if (name != NULL) {
     for (int32_t i = 0; wd_kernel_at(i, kernel); i++) {
       if (strcmp(kernel->name, name) != 0) continue;
-      WD_CHECK(kernel->device_type == device_type, WD_INVALID_ARGUMENT,
+      WD_CHECK(kernel->device_type == (int32_t)device.device_type, WD_INVALID_ARGUMENT,
                "options: kernel was \"%s\", which runs on %s, but the tensors are on %s", name,
-               kernel->device_type == kDLCPU ? "the CPU" : "CUDA", device_type == kDLCPU ? "the CPU" : "CUDA");
+               kernel->device_type == kDLCPU ? "the CPU" : "CUDA", device.device_type == kDLCPU ? "the CPU" : "CUDA");
       WD_CHECK(kernel->device_type != kDLCPU || wd_kernel_usable(kernel), WD_UNSUPPORTED,
                "options: kernel was \"%s\", whose instructions this processor does not have", name);
-      WD_CHECK(fits(kernel, shape), WD_UNSUPPORTED, "options: kernel was \"%s\", which serves top_k up to %d, was %d",
-               name, WD_CUDA_DIRECT_MAX_TOP_K, shape->top_k);
+      WD_CHECK(serves(kernel, device, shape), WD_UNSUPPORTED,
+               "options: kernel was \"%s\" (%s), which does not serve top_k %d and %d experts on this device", name,
+               kernel->description, shape->top_k, shape->experts);
       return WD_OK;
     }
     return wd_fail(WD_INVALID_ARGUMENT, "options: kernel was \"%s\", expected a name that wd_get_kernel_info lists",
                    name);
   }
   for (int32_t i = 0; wd_kernel_at(i, kernel); i++) {
-    if (kernel->device_type != device_type) continue;
-    if (device_type == kDLCPU && wd_kernel_usable(kernel)) return WD_OK;
-    if (device_type == kDLCUDA && fits(kernel, shape) &&
-        (kernel->schedule == WD_CUDA_DIRECT) == (prefers_direct(shape) && shape->top_k <= WD_CUDA_DIRECT_MAX_TOP_K))
+    if (kernel->device_type != (int32_t)device.device_type) continue;
+    if (device.device_type == kDLCPU
+            ? wd_kernel_usable(kernel)
+            : serves(kernel, device, shape) && (kernel->schedule != WD_CUDA_DIRECT || prefers_direct(shape)))
       return WD_OK;
   }
   /* Only a CPU-only build lacks a row, for CUDA tensors; its CUDA side says how to get a build that has them. */

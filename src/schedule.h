@@ -21,7 +21,7 @@ int wd_kernel_at(int32_t index, wd_kernel *kernel);
 /* 1 when this machine can run it. */
 int wd_kernel_usable(const wd_kernel *kernel);
 
-/* The kernel for a call on device_type; `name` (may be NULL) asks for one row and fails where it does not fit. */
-wd_status wd_choose_kernel(int32_t device_type, const wd_moe_shape *shape, const char *name, wd_kernel *kernel);
+/* The kernel for a call on device; `name` (may be NULL) asks for one row and fails where it does not fit. */
+wd_status wd_choose_kernel(DLDevice device, const wd_moe_shape *shape, const char *name, wd_kernel *kernel);
 
 #endif /* WD_SCHEDULE_H */

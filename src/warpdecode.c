@@ -167,7 +167,7 @@ static wd_status check_run(call *c, void *workspace, size_t workspace_size, void
     c->threads = options->threads;
     kernel = options->kernel;
   }
-  WD_TRY(wd_choose_kernel(c->device.device_type, &c->shape, kernel, &c->kernel));
+  WD_TRY(wd_choose_kernel(c->device, &c->shape, kernel, &c->kernel));
   const size_t needed = workspace_bytes(&c->shape, c->device.device_type);
   WD_CHECK(workspace_size >= needed, WD_INVALID_ARGUMENT,
            "workspace: had %zu bytes, expected at least %zu (wd_moe_workspace_size)", workspace_size, needed);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 
@@ -42,3 +43,44 @@ SHAPES = {
         Shape("jamba-mini", 16, 2, 4096, 14336),
     )
 }
+
+# The list that figures are published for: small and large experts, few and many of them.
+NINE = tuple(list(SHAPES)[:9])
+
+_MOST_RANDOM_BYTES = 12 * 10**9  # of a layer in two-byte weights, so that two copies fit beside what the peers need
+
+
+def random_shapes(count: int, seed: int) -> list[Shape]:
+    """Shapes drawn from the ranges of real models, odd sizes (2880, 1856, ...) among them; the same for a seed."""
+    draw, shapes = random.Random(seed), {}
+    while len(shapes) < count:
+        experts = draw.choice((8, 16, 32, 64, 128, 256, 512, 8 * draw.randint(1, 64)))
+        top_k = draw.randint(1, min(10, experts // 2))
+        hidden = 64 * draw.randint(16, 112)
+        intermediate = 16 * round(2 ** draw.uniform(4, 9.807))  # 256 to 14336, as many small ones as large ones
+        name = f"random-E{experts}-K{top_k}-H{hidden}-I{intermediate}"
+        shape = Shape(name, experts, top_k, hidden, intermediate)
+        if experts * shape.bytes_per_expert() <= _MOST_RANDOM_BYTES:
+            shapes[name] = shape
+    return list(shapes.values())
+
+
+def named_shapes(text: str, seed: int = 0) -> list[Shape]:
+    """The shapes of a comma-separated list of names, "nine", "all" and "random:N". Raises ValueError for others."""
+    found: dict[str, Shape] = {}
+    unknown = []
+    for name in text.split(","):
+        kind, _, count = name.partition(":")
+        if name in SHAPES:
+            shapes = [SHAPES[name]]
+        elif name in ("all", "nine"):
+            shapes = [SHAPES[each] for each in (SHAPES if name == "all" else NINE)]
+        elif kind == "random" and count.isdecimal() and int(count) > 0:
+            shapes = random_shapes(int(count), seed)
+        else:
+            unknown.append(name)
+            continue
+        found.update((shape.name, shape) for shape in shapes)
+    if unknown:
+        raise ValueError(f"was {', '.join(unknown)}, expected {', '.join(SHAPES)}, nine, all or random:N")
+    return list(found.values())

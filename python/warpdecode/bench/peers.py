@@ -1,69 +1,66 @@
-"""The peers: transformers' own experts implementations, on the same weights and inputs."""
+"""The peers: which of them this machine has, and their calls on the same weights and inputs."""
 
 from __future__ import annotations
 
-import functools
-import types
+import importlib.util
+import os
+import sys
 
-import torch
-from torch import nn
+from warpdecode.bench import peer_transformers, peer_vllm
+from warpdecode.bench.candidates import Candidate
+from warpdecode.bench.timers import reason
 
-
-class _Calls(list):
-    """Calls that cannot be captured in a CUDA graph when `eager`."""
-
-    eager = False
-
-
-def _module(gate_up, down, activation):
-    """The expert module as transformers' functions see it."""
-    from transformers.activations import ACT2FN
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    experts, hidden, intermediate = down.shape
-    config = types.SimpleNamespace(
-        num_experts=experts, hidden_size=hidden, moe_intermediate_size=intermediate,
-        hidden_act="silu" if activation == "silu" else "gelu_pytorch_tanh", _experts_implementation="eager",
-    )  # fmt: skip
-    module = Qwen3MoeExperts.__new__(Qwen3MoeExperts)
-    nn.Module.__init__(module)
-    module.num_experts, module.hidden_dim, module.intermediate_dim = experts, hidden, intermediate
-    module.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-    module.down_proj = nn.Parameter(down, requires_grad=False)
-    module.act_fn = ACT2FN[config.hidden_act]
-    module.config = config
-    module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, False, True
-    module.has_post_expert_norm = module._is_expert_parallel = False
-    return module
+NAMES = ("transformers", "vllm", "vllm-invariant")
+_MODULES = {"transformers": peer_transformers, "vllm": peer_vllm}
 
 
-def _call(module, implementation, *inputs):
-    module.config._experts_implementation = implementation
-    return module(*inputs)
+def say(text: str) -> None:
+    """One line on stderr: whatever is left out is left out with a reason."""
+    print(f"warpdecode bench: {text}", file=sys.stderr, flush=True)
 
 
-def transformers_paths(layers, inputs, tokens: int) -> dict:
-    """transformers' eager, batched_mm and grouped_mm as lists of calls; empty where transformers is not installed."""
+def chosen(text: str | None, device: str) -> list[str]:
+    """The peers of a comma-separated list that can be used here; None: all that are installed.
+
+    What was asked for or is installed, but cannot be used, is said on stderr. Raises ValueError for other names.
+    """
+    asked = list(NAMES) if text is None else [name for name in text.split(",") if name not in ("", "none")]
+    unknown = [name for name in asked if name not in NAMES]
+    if unknown:
+        raise ValueError(f"was {', '.join(unknown)}, expected none or some of {', '.join(NAMES)}")
+    found = []
+    for name in asked:
+        package = name.split("-")[0]
+        if package == "vllm" and device != "cuda":
+            if text is not None:
+                say(f"peer {name} left out: it runs on CUDA only")
+        elif importlib.util.find_spec(package) is None:
+            if text is not None:
+                say(f"peer {name} left out: {package} is not installed")
+        elif name == "vllm-invariant" or _can_load(name):  # the former is imported in a process of its own
+            found.append(name)
+    return found
+
+
+def _can_load(name: str) -> bool:
+    if name == "vllm":
+        os.environ.pop("VLLM_BATCH_INVARIANT", None)  # of this process: plain vLLM is what is meant
     try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return {}
-    modules = [
-        _module(gate_up, down, layers.shape.activation)
-        for gate_up, down in zip(layers.gate_up, layers.down, strict=True)
-    ]
+        load(name)
+    except Exception as error:  # imports of large packages fail in many ways
+        say(f"peer {name} left out: importing it failed: {reason(error)}")
+        return False
+    return True
 
-    def calls(implementation):
-        made = _Calls()
-        # a loop over the experts, with a device-to-host read each; grouped_mm falls back to one unless bfloat16
-        made.eager = implementation == "eager" or (implementation == "grouped_mm" and layers.dtype != torch.bfloat16)
-        for i, (x, ids, weights) in enumerate(inputs):
-            made.append(
-                functools.partial(_call, modules[i % layers.copies], implementation, x, ids, weights.to(x.dtype))
-            )
-        return made
 
-    names = ["eager", "grouped_mm"]
-    if tokens * layers.shape.top_k <= 1024:  # batched_mm copies one expert per route: 9 MB each on Qwen3-30B-A3B
-        names.append("batched_mm")
-    return {f"transformers {name}": calls(name) for name in names}
+def load(name: str) -> None:
+    """Imports a peer. Raises what its import raises."""
+    _MODULES[name].load()
+
+
+def candidates(names: list[str], layers, inputs: list, *, eager: bool) -> dict[str, Candidate]:
+    """The peers' candidates by the names of a row. eager: transformers' slow loop over the experts, too."""
+    found = {}
+    for name in names:
+        found.update(_MODULES[name].candidates(layers, inputs, eager=eager))
+    return found

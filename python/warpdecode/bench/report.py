@@ -10,6 +10,11 @@ import statistics
 import sys
 from pathlib import Path
 
+from warpdecode.bench.table import SMALL_BYTES, fastest
+
+LONG = 512  # tokens from which a row is of a prompt, not of decode steps: its figure is TFLOP/s
+INVARIANT = "vllm batch-invariant"
+
 
 def rows_of(path: Path) -> list[dict]:
     """The rows of a JSON lines file."""
@@ -20,39 +25,158 @@ def conditions(row: dict) -> str:
     """GPU or processor, versions and date of a row, as a sentence."""
     found = row["environment"]
     where = found.get("gpu") or f"{found['threads']} threads of an {found['processor']} CPU ({found['kernel']})"
-    versions = ", ".join(f"{name} {found[name]}" for name in ("warpdecode", "torch", "transformers") if name in found)
+    packages = ["warpdecode", "torch", "transformers"]
+    if any(name.split()[0] == "vllm" for name in row.get("peers", ())):
+        packages.append("vllm")
+    versions = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
     return f"{where}; {versions}; {found['date']}"
 
 
-def layer_table(rows: list[dict]) -> str:
-    """One layer's times beside the read ceiling and the fastest of transformers' paths."""
-    first = rows[0]
-    sizes = f"E{first['experts']} K{first['top_k']} H{first['hidden']} I{first['intermediate']}"
-    replay = "CUDA graph replays, " if first["device"] == "cuda" else ""
-    lines = [
-        f"One layer, {first['shape']} ({sizes}), {first['dtype']}, {replay}cold weights, uniform routing, medians; "
-        f"{conditions(first)}.",
-        "",
-        "| T | read ceiling, us | warpdecode, us (p10 to p90) | of the ceiling | transformers' fastest, us | ratio |",
-        "|--:|--:|--:|--:|--:|--:|",
-    ]
+def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """The rows by the values of these keys, in their order."""
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        times = row["microseconds"]
-        ours, ceiling = times["warpdecode"], times["read ceiling"]["median"]
-        peer = min(row["peers"], key=lambda name: times[name]["median"])
-        lines.append(
-            f"| {row['tokens']} | {ceiling:.1f} | {ours['median']:.1f} ({ours['p10']:.1f} to {ours['p90']:.1f}) | "
-            f"{ceiling / ours['median']:.2f} | {times[peer]['median']:.0f} ({peer.split()[-1]}) | "
-            f"{times[peer]['median'] / ours['median']:.2f} |"
-        )
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def markdown(heads: list[str], lines: list[list[str]], first: str = "--:") -> str:
+    """A table; all columns but the first are aligned to the right."""
+    rule = [first, *("--:" for _ in heads[1:])]
+    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "|".join(rule) + "|"]) + "".join(
+        "\n| " + " | ".join(cells) + " |" for cells in lines
+    )
+
+
+def layer_table(rows: list[dict]) -> str:
+    """The layers' times beside the read ceilings and the peers: a part for each dtype, device and routing."""
+    return "\n\n".join(_section(part) for part in grouped(rows, "dtype", "device", "routing").values())
+
+
+def _section(rows: list[dict]) -> str:
+    first, shapes = rows[0], grouped(rows, "shape")
+    replay = "CUDA graph replays, " if first["device"] == "cuda" else ""
+    how = f"{first['dtype']}, {replay}cold weights, {first['routing']} routing, medians; {conditions(first)}."
+    short = [row for row in rows if row["tokens"] < LONG]
+    long = [row for row in rows if row["tokens"] >= LONG]
+    headline = [row for row in short if row["shape"] == first["shape"]]
+    if len(shapes) == 1:
+        parts = [f"One layer, {_sizes(first)}, {how}"]
+    else:
+        parts = [f"{len(shapes)} layers, {how}"]
+        if short:
+            mark = ", * of two reads where a call reads less than 100 MB" if any(map(_is_small, short)) else ""
+            parts += [f"Fraction of the read ceiling{mark}:", _by_tokens(short, _headline_fraction)]
+        if headline:
+            parts.append(f"{_sizes(first)}:")
+    if headline:
+        parts.append(_times(headline))
+    if len(shapes) > 1:
+        for name, title in (("vllm", "vLLM's time"), (INVARIANT, "The time of vLLM, batch-invariant,")):
+            if any(name in row["microseconds"] for row in short):
+                parts += [f"{title} divided by ours:", _by_tokens(short, lambda row, name=name: _ratio(row, name))]
+    if any("vllm_config" in row for row in rows):
+        parts.append(_tables_of_vllm(rows))
+    if long:
+        peers = [name for name in ("vllm", "transformers grouped_mm") if any(name in row["tflops"] for row in long)]
+        named = " / ".join(["ours", *(_shown(name) for name in peers)])
+        parts += [f"Useful TFLOP/s, {named}:", _by_tokens(long, lambda row: _speeds(row, ["warpdecode", *peers]))]
+    return "\n\n".join([*parts, _errors(rows)])
+
+
+def _tables_of_vllm(rows: list[dict]) -> str:
+    """Which shapes vLLM has tuned for this GPU: where it has not, its defaults are what was timed."""
+    found = {row["shape"]: row["vllm_config"].get("table") for row in rows if "vllm_config" in row}
+    tuned = [shape for shape, table in found.items() if table]
+    return f"vLLM has a table tuned for this GPU for {', '.join(tuned) or 'none of them'}; its defaults for the rest."
+
+
+def _sizes(row: dict) -> str:
+    return f"{row['shape']} (E{row['experts']} K{row['top_k']} H{row['hidden']} I{row['intermediate']})"
+
+
+def _shown(peer: str) -> str:
+    return peer.replace("vllm", "vLLM")
+
+
+def _by_tokens(rows: list[dict], cell) -> str:
+    """A table of shapes by numbers of tokens."""
+    columns = sorted({row["tokens"] for row in rows})
+    lines = []
+    for (shape,), part in grouped(rows, "shape").items():
+        by_tokens = {row["tokens"]: row for row in part}
+        lines.append([shape, *(cell(by_tokens[tokens]) if tokens in by_tokens else "" for tokens in columns)])
+    return markdown(["shape", *(f"T {tokens}" for tokens in columns)], lines, first=":--")
+
+
+def _median(row: dict, name: str) -> float:
+    return row["microseconds"][name]["median"]
+
+
+def _is_small(row: dict) -> bool:
+    return "of_two_reads" in row and row["distinct_bytes"] < SMALL_BYTES
+
+
+def _headline_fraction(row: dict) -> str:
+    if _is_small(row):
+        return f"{row['of_two_reads']:.2f}*"
+    return f"{_median(row, 'read ceiling') / _median(row, 'warpdecode'):.2f}"
+
+
+def _ratio(row: dict, name: str | None) -> str:
+    if name is None or name not in row["microseconds"]:
+        return "-"
+    stored = row.get("ratios", {})  # taken side by side where the peer ran in a process of its own
+    return f"{stored.get(name, _median(row, name) / _median(row, 'warpdecode')):.2f}"
+
+
+def _speeds(row: dict, names: list[str]) -> str:
+    return " / ".join(f"{row['tflops'][name]:.0f}" if name in row["tflops"] else "-" for name in names)
+
+
+def _times(rows: list[dict]) -> str:
+    """One shape: times of the ceiling, of ours and of the peers, T by T."""
+    some = {name for row in rows for name in row["peers"]}
+    heads = ["T", "read ceiling, us", "warpdecode, us (p10 to p90)", "of the ceiling"]
+    heads += ["vLLM, us", "ratio"] if "vllm" in some else []
+    heads += ["vLLM batch-invariant, ratio"] if INVARIANT in some else []
+    transformers = any(name.split()[0] == "transformers" for name in some)
+    heads += ["transformers' fastest, us", "ratio"] if transformers else []
+    lines = []
+    for row in rows:
+        ours, ceiling = row["microseconds"]["warpdecode"], _median(row, "read ceiling")
+        two = f" ({row['of_two_reads']:.2f} of two reads)" if _is_small(row) else ""
+        cells = [
+            str(row["tokens"]),
+            f"{ceiling:.1f}",
+            f"{ours['median']:.1f} ({ours['p10']:.1f} to {ours['p90']:.1f})",
+            f"{ceiling / ours['median']:.2f}{two}",
+        ]
+        if "vllm" in some:
+            cells += [f"{_median(row, 'vllm'):.1f}" if "vllm" in row["peers"] else "-", _ratio(row, "vllm")]
+        if INVARIANT in some:
+            cells.append(_ratio(row, INVARIANT))
+        if transformers:
+            peer = fastest(row, "transformers")
+            cells += [f"{_median(row, peer):.0f} ({peer.split()[-1]})" if peer else "-", _ratio(row, peer)]
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def _errors(rows: list[dict]) -> str:
+    """The largest errors of the rows, ours and each package's."""
     ours = max(row["error"] / row["rounding_floor"] for row in rows)
-    peers = max(max(row["peer_errors"].values()) / row["rounding_floor"] for row in rows)
-    lines += [
-        "",
-        f"Error against FP64, in units of the output's own rounding: ours at most {ours:.3f}, transformers' paths up "
-        f"to {peers:.1f}.",
-    ]
-    return "\n".join(lines)
+    found = [f"ours at most {ours:.3f}"]
+    for package, whose in (("transformers", "transformers' paths"), ("vllm", "vLLM's")):
+        errors = [
+            error / row["rounding_floor"]
+            for row in rows
+            for name, error in row["peer_errors"].items()
+            if name.split()[0] == package
+        ]
+        if errors:
+            found.append(f"{whose} up to {max(errors):.1f}")
+    return f"Error against FP64, in units of the output's own rounding: {', '.join(found)}."
 
 
 def _spread(row: dict, which: str) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from warpdecode.bench.candidates import Candidate
+
+# Rough speeds of a large GPU, bytes and operations a second. Only the number of calls in a round depends on them.
+_READ, _COMPUTE = 4e12, 400e12
+_ROUND_SECONDS = 5e-3  # what a replay should take at least, if 16 calls do
 
 
 def summary(samples: list[float]) -> dict:
@@ -16,21 +24,99 @@ def summary(samples: list[float]) -> dict:
     return {"median": statistics.median(samples), "p10": tenths[0], "p90": tenths[-1]}
 
 
-def shuffled(candidates: dict) -> list:
-    """The candidates in a new order: who runs behind whom decides what a large cache still holds."""
-    items = list(candidates.items())
-    random.shuffle(items)
-    return items
+def _measure(
+    runners: dict[str, Callable[[], float]], repeats: int, warm: int, most_seconds: float
+) -> dict[str, list[float]]:
+    """Samples of each runner, which returns seconds; fewer than `repeats` where they would take most_seconds.
+
+    The order is new in each repeat: who runs behind whom decides what a large cache still holds.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    repeat = 0
+    while repeat < repeats + warm:
+        items, start = list(runners.items()), time.perf_counter()
+        random.shuffle(items)
+        for name, run in items:
+            seconds = run()
+            if repeat >= warm:
+                samples[name].append(seconds)
+        if repeat == warm - 1:
+            affordable = int(most_seconds / (time.perf_counter() - start))
+            repeats = min(repeats, max(3, affordable))
+        repeat += 1
+    return samples
 
 
-class CpuTimer:
+class Timer:
+    """Microseconds per call of candidates. A subclass says how a round is run and how long it takes.
+
+    failed: what could not be run of the last candidates, and why. taken: how many times the last ones were measured.
+    """
+
+    warm = 1
+    row_seconds = 60.0  # rows of calls so slow that all repeats would take longer get fewer of them
+
+    def __init__(self, repeats: int, cache_bytes: int):
+        self.repeats, self.cache_bytes = repeats, cache_bytes
+        self.failed: dict[str, str] = {}
+        self.taken = 0
+
+    def _runner(self, candidate: Candidate) -> Callable[[], float]:
+        """A function that runs the round once and returns its seconds."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Waits for what was enqueued."""
+
+    def time(self, candidates: dict[str, Candidate]) -> dict[str, dict]:
+        """Summary of each candidate that could be run."""
+        runners, self.failed = {}, {}
+        for name, candidate in candidates.items():
+            try:
+                runners[name] = self._runner(candidate)
+            except Exception as error:
+                if candidate.required:
+                    raise
+                self.failed[name] = reason(error)
+        samples = _measure(runners, self.repeats, self.warm, self.row_seconds)
+        self.taken = min(map(len, samples.values()))
+        return {
+            name: summary([1e6 * seconds / len(candidates[name].calls) for seconds in values])
+            for name, values in samples.items()
+        }
+
+    def time_eager(self, candidates: dict[str, Candidate]) -> dict[str, float]:
+        """Median wall time of a call from Python, all of a round enqueued before the one wait at its end."""
+        runners = {name: lambda calls=candidate.calls: self._wall(calls) for name, candidate in candidates.items()}
+        samples = _measure(runners, min(self.repeats, 5), 1, self.row_seconds)
+        return {name: 1e6 * statistics.median(values) / len(candidates[name].calls) for name, values in samples.items()}
+
+    def _wall(self, calls: list[Callable]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+
+def cuda_calls(cache_bytes: int, call_bytes: int, call_flops: float) -> int:
+    """16 calls in a round, fewer of long ones, and of very short ones as many as read four times what the L2 holds."""
+    seconds = max(call_bytes / _READ, call_flops / _COMPUTE)
+    few = min(max(math.ceil(_ROUND_SECONDS / seconds), 2), 16)
+    return max(few, -(-4 * cache_bytes // call_bytes))
+
+
+def reason(error: Exception) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+class CpuTimer(Timer):
     """Wall clock of a round of calls divided by their number."""
 
-    calls = 4
-
-    def __init__(self, repeats: int):
-        self.repeats = repeats
-        self.cache_bytes = self._last_level_cache()
+    def __init__(self, repeats: int | None):
+        super().__init__(repeats or 20, self._last_level_cache())
 
     @staticmethod
     def _last_level_cache() -> int:
@@ -41,58 +127,64 @@ class CpuTimer:
         # A virtual machine may show its host's cache, of which it has a share: rotating over a gigabyte is enough.
         return min(max(sizes), 256 << 20)
 
-    def time(self, candidates: dict) -> dict:
-        """Microseconds per call of each candidate."""
-        samples = {name: [] for name in candidates}
-        for repeat in range(self.repeats + 1):
-            for name, calls in shuffled(candidates):
-                start = time.perf_counter()
-                for call in calls:
-                    call()
-                if repeat:  # the first round warms up
-                    samples[name].append((time.perf_counter() - start) / len(calls) * 1e6)
-        return {name: summary(values) for name, values in samples.items()}
+    def calls(self, copies: int, call_bytes: int, call_flops: float) -> int:
+        """How many calls a round has: each copy once."""
+        return max(4, copies)
+
+    def _runner(self, candidate):
+        candidate.calls[0]()  # what cannot run fails here
+        return lambda: self._wall(candidate.calls)
 
 
-class CudaTimer:
+class CudaTimer(Timer):
     """CUDA events around the replay of a graph that holds a round of calls; eager calls where none can be captured."""
 
-    calls = 16
+    warm = 2
+    row_seconds = 4.0
 
-    def __init__(self, repeats: int):
-        self.repeats = repeats
-        self.cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    def __init__(self, repeats: int | None):
+        super().__init__(repeats or 11, torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+        self._pool = None
 
-    @staticmethod
-    def _capture(calls):
+    def calls(self, copies: int, call_bytes: int, call_flops: float) -> int:
+        """See cuda_calls."""
+        return cuda_calls(self.cache_bytes, call_bytes, call_flops)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def time(self, candidates):
+        # Graphs of one row share a pool of memory: each replay writes what it reads of it, and none outlives the row.
+        self._pool = torch.cuda.graph_pool_handle()
+        return super().time(candidates)
+
+    def _capture(self, calls):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for call in calls[:3]:
                 call()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                for call in calls:
+                    call()
+        except Exception:
+            torch.cuda.set_stream(stream)  # a capture that fails while ending leaves its own behind
+            self._pool = torch.cuda.graph_pool_handle()  # the old one may be left half in use
+            raise
         return graph.replay
 
-    def _runner(self, calls):
-        if getattr(calls, "eager", False):
-            return lambda: [call() for call in calls]
-        return self._capture(calls)
+    def _runner(self, candidate):
+        run = self._capture(candidate.calls) if candidate.capturable else lambda: [call() for call in candidate.calls]
 
-    def time(self, candidates: dict) -> dict:
-        """Microseconds per call of each candidate."""
-        runners = {name: self._runner(calls) for name, calls in candidates.items()}
-        samples = {name: [] for name in candidates}
-        for repeat in range(self.repeats + 3):
-            for name, run in shuffled(runners):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                if repeat >= 3:  # the first rounds warm up
-                    samples[name].append(start.elapsed_time(end) * 1e3 / len(candidates[name]))
-        return {name: summary(values) for name, values in samples.items()}
+        def seconds():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3
+
+        return seconds

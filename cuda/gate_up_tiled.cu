@@ -1,0 +1,103 @@
+// gate_up_tiled.cu - moe_gate_up_3d_batched, tiled schedule (tiled.cuh): the arithmetic of gate_up.cu with wgmma.
+//
+// A unit is 64 neurons, 16 a warp: in half m, lane group g has the gate and the up row of neuron 2g + m, so a lane ends
+// with two neighbouring neurons of a route and stores four bytes.
+#include "activation.cuh"
+#include "tiled.cuh"
+
+namespace wd {
+
+template <class T> struct GateUp {
+  static constexpr int kParts = 1;
+  const wd_gate_up_args &args;
+
+  __device__ __forceinline__ int length() const {
+    return args.shape.hidden;
+  }
+  __device__ __forceinline__ const T *columns() const {
+    return (const T *)args.hidden_states;
+  }
+  __device__ __forceinline__ int column_row(int route, int) const {
+    return route / args.shape.top_k;
+  }
+  __device__ __forceinline__ const T *weights() const {
+    return (const T *)args.gate_up_proj;
+  }
+  __device__ __forceinline__ int64_t half_stride() const {
+    return args.shape.hidden;
+  }
+  __device__ __forceinline__ int64_t high_stride() const {
+    return (int64_t)args.shape.intermediate * args.shape.hidden;
+  }
+  __device__ __forceinline__ int64_t four_groups() const {
+    return 8 * (int64_t)args.shape.hidden;
+  }
+  __device__ __forceinline__ int neuron(int unit, int warp, int g) const {
+    return unit * 64 + warp * 16 + g * 2;
+  }
+  __device__ __forceinline__ const T *row(int expert, int unit, int warp, int g) const {
+    const wd_moe_shape &s = args.shape;
+    return weights() + ((int64_t)expert * 2 * s.intermediate + neuron(unit, warp, g)) * s.hidden;
+  }
+  __device__ __forceinline__ bool exists(int unit, int warp, int g) const {
+    return neuron(unit, warp, g) < args.shape.intermediate; // I is a multiple of 8: both neurons exist, or neither
+  }
+  template <int TILES>
+  __device__ __forceinline__ void finish(const float (&c)[2][TILES][4], int unit, int warp, int lane,
+                                         const int32_t *routes, int count) const {
+    const wd_moe_shape &s = args.shape;
+    const int row = neuron(unit, warp, lane / 4);
+    if (row >= s.intermediate) return;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int column = 8 * tile + lane % 4 * 2 + j;
+        if (column >= count) continue;
+        T *out = (T *)args.intermediate + (int64_t)routes[column] * 2 * s.intermediate + row;
+        Pair<T> high, low;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          split_intermediate<T>(activate(c[half][tile][j], args.activation), c[half][tile][2 + j], &high.value[half],
+                                &low.value[half]);
+        *(uint32_t *)out = high.bits;
+        *(uint32_t *)(out + s.intermediate) = low.bits;
+      }
+  }
+};
+
+template <class T, class Sizes>
+__global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
+    gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  tiled<T, Sizes>(GateUp<T>{args}, args.shape, plan);
+#endif
+}
+
+template <class T, class Sizes>
+static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &lists, bool dependent,
+                               cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  const auto kernel = gate_up_tiled_kernel<T, Sizes>;
+  constexpr size_t bytes = sizeof(TiledShared<Sizes>);
+  const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, dependent};
+  dim3 grid;
+  WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 1, &grid));
+  WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  return launch("gate_up_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan);
+}
+
+template <class T>
+static wd_status gate_up_dtype(const wd_gate_up_args &args, const RouteLists &lists, bool dependent,
+                               cudaStream_t stream) {
+  return few_routes(args.shape) ? gate_up_sizes<T, FewRoutes>(args, lists, dependent, stream)
+                                : gate_up_sizes<T, ManyRoutes>(args, lists, dependent, stream);
+}
+
+wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
+  const bool dependent = false; // on the lists alone
+  return args.shape.dtype == WD_BF16 ? gate_up_dtype<bf16>(args, lists, dependent, stream)
+                                     : gate_up_dtype<f16>(args, lists, dependent, stream);
+}
+
+} // namespace wd

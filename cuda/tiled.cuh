@@ -1,0 +1,429 @@
+// tiled.cuh - the schedule for several tokens an expert (sm_90a): wgmma, weights and tokens through shared memory.
+//
+// A block multiplies 128 rows of one expert (a unit) a warpgroup with up to COLUMNS columns; four producer warps bring
+// the columns, the multiplying lanes their own weights. Lanes hold the same 16 bytes of a row as in common.cuh, and the
+// producers lay the columns' words down in the order that wgmma then expects: the same products in the same order,
+// so the same bits.
+//
+// A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
+// expert, a unit for each multiplying warpgroup, up to COLUMNS / PARTS routes. While decoding the grid has a block an
+// item, two blocks an SM: multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache), and
+// only the hardware's queue evens that out. For many tokens blocks stay and walk over items, with larger tiles.
+#pragma once
+#include "device.cuh"
+#include "launch.cuh"
+#include "routes.cuh"
+#include "wgmma.cuh"
+
+namespace wd {
+
+constexpr int kWarpgroup = 128, kUnitRows = 128;
+constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
+// k of a step. 128 bytes of a row, a whole line of the L2 cache: copied by halves, lines cost L2 twice the requests,
+// and those are what it runs out of first (89% of its peak where the memory was at 80).
+constexpr int kStep = 2 * kChunk, kStepBytes = 2 * kStep;
+
+// The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
+// columns, SHARES of them each a part of the same step. WEIGHTS_AHEAD: steps of weights on their way. COLUMNS_AHEAD:
+// steps of columns on their way, of each producer. STAGES: steps of columns ready for wgmma. REGISTERS: of a
+// multiplying thread.
+template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int SHARES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int STAGES,
+          int REGISTERS>
+struct TiledSizes {
+  static constexpr int kMultipliers = MULTIPLIERS, kColumns = COLUMNS, kProducers = PRODUCERS, kShares = SHARES,
+                       kWeightsAhead = WEIGHTS_AHEAD, kColumnsAhead = COLUMNS_AHEAD, kStages = STAGES,
+                       kRegisters = REGISTERS;
+  static constexpr int kTurns = PRODUCERS / SHARES; // a producer serves every kTurns-th step
+  static_assert(STAGES >= kTurns, "or a producer could take a stage that still waits for its step before the last");
+  static constexpr int kMultiplyingThreads = kWarpgroup * MULTIPLIERS;
+  static constexpr int kThreads = kMultiplyingThreads + 32 * PRODUCERS;
+  static constexpr int kBlocks = MULTIPLIERS == 1 ? 2 : 1; // of an SM
+  static constexpr int kLaunchRegisters = 65536 / kBlocks / kThreads / 8 * 8;
+  static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
+  // what is left for a producing thread
+  static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
+  static constexpr int kColumnBytes = COLUMNS * kStepBytes;               // of one step
+  static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
+  static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
+};
+using FewRoutes = TiledSizes<1, 64, 2, 1, 3, 2, 3, 160>;
+using ManyRoutes = TiledSizes<2, 128, 4, 2, 3, 2, 3, 224>;
+
+// What the items of a call are cut from.
+struct TiledPlan {
+  int units;        // of an expert
+  RouteLists lists; // of sort_routes
+  bool dependent;   // the columns come from the grid before, which may still run; else the lists do
+};
+
+struct Item {
+  int expert, unit, units, first, count; // routes [first, first + count) of the expert's list
+};
+
+__device__ __forceinline__ int steps_of(int length) {
+  return (length + kStep - 1) / kStep;
+}
+
+template <class Sizes> struct TiledShared {
+  alignas(1024) uint8_t columns[Sizes::kStages][Sizes::kColumnBytes];
+  uint8_t arriving[Sizes::kProducers][Sizes::kColumnsAhead][Sizes::kColumnBytes / Sizes::kShares];
+  uint8_t weights[Sizes::kWeightsAhead][Sizes::kRowBytes];
+  uint64_t full[Sizes::kStages], empty[Sizes::kStages], routes_free[2];
+  int32_t before[kTiledMaxExperts + 1];  // items of the experts before
+  int32_t offsets[kTiledMaxExperts + 1]; // of the lists
+  int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
+  int32_t rows[2][Sizes::kColumns];      // of each column: which row of the source, -1 for none
+};
+
+// Barrier of the producer warps alone.
+template <class Sizes> __device__ __forceinline__ void producers_meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * Sizes::kProducers) : "memory");
+}
+
+// Where piece `piece` (16 bytes) of row `row` lies in rows of kStepBytes, so that neither the copies (a row at a time)
+// nor the reads (two rows, half of each) meet in a bank.
+__device__ __forceinline__ int place_of(int row, int piece) {
+  return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
+}
+
+// All threads: barriers, and the places of the experts' items.
+template <class Sizes, int ROUTES>
+__device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
+  const int thread = threadIdx.x;
+  constexpr int arrivals = Sizes::kMultiplyingThreads / 32;
+  if (thread >= 32 && thread < 32 + Sizes::kStages) {
+    barrier_init(&shared.full[thread - 32], Sizes::kShares);
+    barrier_init(&shared.empty[thread - 32], arrivals);
+  }
+  if (thread >= 64 && thread < 66) barrier_init(&shared.routes_free[thread - 64], arrivals);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  if (thread < 32) {
+    const int granules = (plan.units + Sizes::kMultipliers - 1) / Sizes::kMultipliers;
+    int total = 0;
+    for (int base = 0; base < s.experts; base += 32) {
+      const int e = base + thread;
+      int own = 0;
+      if (e < s.experts) {
+        shared.offsets[e] = plan.lists.offsets[e];
+        own = (plan.lists.offsets[e + 1] - shared.offsets[e] + ROUTES - 1) / ROUTES * granules;
+      }
+      int sum = own;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, distance);
+        if (thread >= distance) sum += other;
+      }
+      if (e < s.experts) shared.before[e] = total + sum - own;
+      total += __shfl_sync(~0u, sum, 31);
+    }
+    if (thread == 0) shared.before[s.experts] = total, shared.offsets[s.experts] = plan.lists.offsets[s.experts];
+  }
+  __syncthreads();
+}
+
+// This block's items, one after another; every thread walks the same way.
+template <class Sizes, int ROUTES> struct Walk {
+  const TiledShared<Sizes> &shared;
+  const TiledPlan &plan;
+  int experts, position;
+
+  __device__ __forceinline__ Walk(const TiledShared<Sizes> &shared, const TiledPlan &plan, int experts)
+      : shared(shared), plan(plan), experts(experts), position(blockIdx.x) {
+  }
+  __device__ __forceinline__ bool next(Item *item) {
+    if (position >= shared.before[experts]) return false;
+    int low = 0, high = experts; // before[low] <= position < before[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (shared.before[middle] <= position)
+        low = middle;
+      else
+        high = middle;
+    }
+    const int granules = (plan.units + Sizes::kMultipliers - 1) / Sizes::kMultipliers;
+    const int local = position - shared.before[low], first = shared.offsets[low];
+    item->expert = low;
+    item->unit = local % granules * Sizes::kMultipliers;
+    item->units = min(Sizes::kMultipliers, plan.units - item->unit);
+    item->first = first + local / granules * ROUTES;
+    item->count = min(ROUTES, shared.offsets[low + 1] - item->first);
+    position += gridDim.x;
+    return true;
+  }
+};
+
+// Columns of the products that serve `count` routes: the least of 8, 16, 32, 64, 128 with PARTS columns a route.
+template <int PARTS> __device__ __forceinline__ int columns_for(int count) {
+  return PARTS * max(8, 1 << (32 - __clz(count - 1)));
+}
+
+// 16 bytes from global to shared memory; zeros, and nothing is read, where !valid.
+__device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int STILL_RUNNING> __device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(STILL_RUNNING) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// The producer warps: each brings its share of every kTurns-th step of each item's columns, first as they lie in
+// memory, then from there into wgmma's order. Op: see tiled().
+template <class T, class Sizes, class Op>
+__device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
+                                        TiledShared<Sizes> &shared) {
+  constexpr int ROUTES = Sizes::kColumns / Op::kParts, STAGES = Sizes::kStages, TURNS = Sizes::kTurns,
+                AHEAD = Sizes::kColumnsAhead, SHARE = Sizes::kColumns / Sizes::kShares, SLOT = SHARE * kStepBytes;
+  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, warp = thread / 32, lane = thread % 32;
+  const int turn = warp % TURNS, share = warp / TURNS * SHARE; // the first column of this warp's share
+  const int length = op.length(), steps = steps_of(length);
+  const uint32_t arriving = shared_address(shared.arriving[warp]);
+  const uint32_t arrival = arriving + place_of(lane / 8, lane % 8); // the row of lane / 8 + 4 i is 4 i rows further
+  const uint32_t departure = arriving + place_of(lane / 4, lane % 4);
+  const T *source = op.columns() + 8 * (lane % 8);
+  Walk<Sizes, ROUTES> walk(shared, plan, s.experts);
+  Item item;
+  if (plan.dependent) wait_for_previous_grid();
+  for (int number = 0, counter = 0; walk.next(&item); number++, counter += steps) {
+    const int place = number % 2;
+    barrier_wait(&shared.routes_free[place], (number / 2 + 1) % 2);
+    const int columns = columns_for<Op::kParts>(item.count), per_part = columns / Op::kParts;
+    for (int column = thread; column < columns; column += 32 * Sizes::kProducers) {
+      const int i = column % per_part;
+      const int route = i < item.count ? plan.lists.routes[item.first + i] : -1;
+      if (column < per_part) shared.routes[place][i] = route;
+      shared.rows[place][column] = route >= 0 ? op.column_row(route, column / per_part) : -1;
+    }
+    producers_meet<Sizes>();
+    const int32_t *rows = shared.rows[place] + share + lane / 8;
+    const int own = min(columns - share, SHARE); // columns of this warp; none when negative
+    auto fetch = [&](int step, int slot) {
+      const bool within = step * kStep + 8 * (lane % 8) < length;
+      if (step < steps)
+        for (int base = 0; base < own; base += 32)
+#pragma unroll
+          for (int i = base; i < base + 32; i += 4) {
+            if (i >= own) continue;
+            const int row = rows[i];
+            copy_ahead(arrival + slot * SLOT + i * kStepBytes,
+                       source + (int64_t)max(row, 0) * length + (int64_t)step * kStep, row >= 0 && within);
+          }
+      close_copies();
+    };
+    const int first = (turn - counter % TURNS + TURNS) % TURNS;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      fetch(first + i * TURNS, i);
+    for (int step = first, slot = 0; step < steps; step += TURNS, slot = slot + 1 == AHEAD ? 0 : slot + 1) {
+      const int stage = (counter + step) % STAGES;
+      uint8_t *target = shared.columns[stage] + (share + lane / 4) * 16 + lane % 4 * 4;
+      await_copies<AHEAD - 1>();
+      __syncwarp();
+      barrier_wait(&shared.empty[stage], ((counter + step) / STAGES + 1) % 2);
+      for (int base = 0; base < own; base += 32)
+#pragma unroll
+        for (int i = base; i < base + 32; i += 8) {
+          if (i >= own) continue;
+          uint8_t *p = target + i * 16;
+#pragma unroll
+          for (int chunk = 0; chunk < 2; chunk++) {
+            const uint4 v = load_shared((departure ^ 64 * chunk) + slot * SLOT + i * kStepBytes);
+            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk)) = v.x;
+            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk + 16)) = v.y;
+            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk + 32)) = v.z;
+            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk + 48)) = v.w;
+          }
+        }
+      fence_for_wgmma();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.full[stage]);
+      fetch(step + AHEAD * TURNS, slot);
+    }
+  }
+}
+
+// A multiplying warp's weights: 32 rows, copied to a ring of its own in shared memory, some steps ahead of the products
+// and on into the next items. Row 16 * half + 8 * high + g is row low or high of lane group g in a half of the tile.
+// Not to registers: where loads cross a loop's end ptxas gives them one scoreboard, and waits for the youngest with the
+// oldest.
+template <class T, class Sizes, class Op> struct WeightStream {
+  static constexpr int ROUTES = Sizes::kColumns / Op::kParts;
+  const Op &op;
+  Walk<Sizes, ROUTES> walk;
+  const int length, lane;
+  const T *source;      // row lane / 8 of the warp, at this lane's 16 bytes of the step to load next
+  uint32_t ring;        // the warp's part of the first slot
+  int step, slot;       // to load next
+  bool exists, some[2]; // an item to load from; rows of groups 0 to 3, 4 to 7 in it
+
+  __device__ __forceinline__ WeightStream(const Op &op, const Walk<Sizes, ROUTES> &walk, TiledShared<Sizes> &shared)
+      : op(op), walk(walk), length(op.length()), lane(threadIdx.x % 32),
+        ring(shared_address(shared.weights[0]) + threadIdx.x / 32 * Sizes::kWarpBytes), slot(0) {
+    enter();
+    for (int i = 0; i < Sizes::kWeightsAhead; i++)
+      load();
+  }
+  __device__ __forceinline__ void enter() {
+    const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32;
+    Item item;
+    exists = walk.next(&item);
+    step = 0, source = op.weights(), some[0] = some[1] = false;
+    if (!exists || group >= item.units) return;
+    source = op.row(item.expert, item.unit + group, warp, lane / 8) + lane % 8 * 8;
+    some[0] = op.exists(item.unit + group, warp, lane / 8);
+    some[1] = op.exists(item.unit + group, warp, lane / 8 + 4);
+  }
+  __device__ __forceinline__ void load() {
+    if (exists) {
+      const uint32_t place = ring + slot * Sizes::kRowBytes + place_of(lane / 8, lane % 8);
+      const bool within = step * kStep + lane % 8 * 8 < length;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const bool reads = within && some[i % 2];
+        const T *row = source + i / 4 * op.half_stride() + i / 2 % 2 * op.high_stride() + i % 2 * op.four_groups();
+        copy_ahead(place + i * 4 * kStepBytes, reads ? row : op.weights(), reads);
+      }
+      source += kStep;
+      if (++step == steps_of(length)) enter();
+    }
+    close_copies();
+    slot = slot + 1 == Sizes::kWeightsAhead ? 0 : slot + 1;
+  }
+  // The oldest step: chunk, half, low and high row. load() then takes its place.
+  __device__ __forceinline__ void take(uint4 (&a)[2][2][2]) {
+    await_copies<Sizes::kWeightsAhead - 1>();
+    __syncwarp();
+    const uint32_t own = ring + slot * Sizes::kRowBytes + place_of(lane / 4, lane % 4);
+#pragma unroll
+    for (int chunk = 0; chunk < 2; chunk++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int high = 0; high < 2; high++)
+          a[chunk][half][high] = load_shared((own ^ chunk * 64) + (16 * half + 8 * high) * kStepBytes);
+    __syncwarp();
+  }
+};
+
+template <bool VALUE> struct Constant {
+  __device__ constexpr operator bool() const {
+    return VALUE;
+  }
+};
+
+// One item: c[half][tile] = rows . columns, as the stages come.
+template <class T, class Sizes, int TILES, class Stream>
+__device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weights, TiledShared<Sizes> &shared,
+                                         int chunks, int counter) {
+  const uint32_t base = shared_address(shared.columns);
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        c[half][tile][i] = 0.0f;
+  auto product = [&](int step, auto both) {
+    const int place = counter + step, stage = place % Sizes::kStages;
+    uint4 a[2][2][2];
+    weights.take(a);
+    barrier_wait(&shared.full[stage], place / Sizes::kStages % 2);
+    wgmma_fence();
+#pragma unroll
+    for (int chunk = 0; chunk < (both ? 2 : 1); chunk++) {
+      const uint32_t columns = base + stage * Sizes::kColumnBytes + chunk * Sizes::kColumns * 64;
+      const uint64_t first = columns_descriptor(columns, Sizes::kColumns * 16);
+      const uint64_t second = columns_descriptor(columns + Sizes::kColumns * 32, Sizes::kColumns * 16);
+      const auto &w = a[chunk];
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        Wgmma<T, TILES>::multiply(c[half], w[half][0].x, w[half][1].x, w[half][0].y, w[half][1].y, first);
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        Wgmma<T, TILES>::multiply(c[half], w[half][0].z, w[half][1].z, w[half][0].w, w[half][1].w, second);
+    }
+    wgmma_commit();
+    weights.load(); // while the products run: take() has emptied the slot
+    wgmma_wait();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[stage]);
+  };
+  for (int step = 0; step < chunks / 2; step++)
+    product(step, Constant<true>());
+  // half a step: a product of zeros instead could turn a sum of -0 into +0
+  if (chunks % 2 != 0) product(chunks / 2, Constant<false>());
+}
+
+// The whole block. Op says what a row, a column and a result are:
+//   kParts                              columns of a route
+//   length()                            values of a row and of a column
+//   columns(), column_row(route, part)  where columns lie
+//   weights()                           the first expert's
+//   half_stride(), high_stride(), four_groups()   to the other half's row, to the high row, to lane group g + 4's
+//   row(expert, unit, warp, g), exists(unit, warp, g)   the low row of half 0 of a lane group; whether it is one
+//   finish(c, unit, warp, lane, routes, count)   what becomes of the dot products
+template <class T, class Sizes, class Op>
+__device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const TiledPlan &plan) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
+  constexpr int ROUTES = Sizes::kColumns / Op::kParts;
+  if (!plan.dependent) wait_for_previous_grid();
+  allow_next_grid();
+  prepare<Sizes, ROUTES>(shared, s, plan);
+  if (threadIdx.x >= Sizes::kMultiplyingThreads) {
+    if (Sizes::kMovesRegisters) give_registers<Sizes::kProducerRegisters>();
+    produce<T>(op, s, plan, shared);
+    return;
+  }
+  if (Sizes::kMovesRegisters) take_registers<Sizes::kRegisters>();
+  const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+  const int chunks = chunks_of(op.length()), steps = steps_of(op.length());
+  Walk<Sizes, ROUTES> walk(shared, plan, s.experts);
+  WeightStream<T, Sizes, Op> weights(op, walk, shared);
+  Item item;
+  for (int number = 0, counter = 0; walk.next(&item); number++, counter += steps) {
+    const int columns = columns_for<Op::kParts>(item.count), place = number % 2;
+    auto serve = [&](auto &c) {
+      multiply<T>(c, weights, shared, chunks, counter);
+      if (group < item.units) op.finish(c, item.unit + group, warp, lane, shared.routes[place], item.count);
+    };
+    if (Sizes::kColumns >= 128 && columns > 64) {
+      float c[2][Sizes::kColumns / 8][4];
+      serve(c);
+    } else if (columns > 32) {
+      float c[2][8][4];
+      serve(c);
+    } else if (columns > 16) {
+      float c[2][4][4];
+      serve(c);
+    } else if (Op::kParts > 1 || columns > 8) {
+      float c[2][2][4];
+      serve(c);
+    } else {
+      float c[2][1][4];
+      serve(c);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.routes_free[place]);
+  }
+}
+
+// A block an item, or, where items are many, as many blocks as the SMs hold.
+template <class Sizes> wd_status tiled_grid(const wd_moe_shape &s, int units, int routes_per_item, dim3 *grid) {
+  int blocks;
+  WD_TRY(multiprocessors(&blocks));
+  const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
+  const int64_t items = (units + Sizes::kMultipliers - 1) / Sizes::kMultipliers * (lists + routes / routes_per_item);
+  *grid = dim3((unsigned)(Sizes::kMultipliers == 1 || items < blocks ? items : blocks));
+  return WD_OK;
+}
+
+} // namespace wd

@@ -1,0 +1,64 @@
+"""Which CUDA kernels ran: the names that torch's profiler sees in one call, so that a row shows what it timed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+_MARK = "spin_kernel"  # of torch.cuda._sleep, between the candidates of one recording
+
+# What a call must have run for its figures to mean what they say.
+EXPECTED = {
+    "warpdecode": ("gate_up", "down"),
+    "gate_up": ("gate_up",),
+    "down": ("down",),
+    "vllm": ("fused_moe",),
+}
+
+
+def shortened(name: str) -> str:
+    """A kernel's name without return type, namespaces, template arguments and parameters."""
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    for opening in "<(":
+        name = name.split(opening, 1)[0]
+    return name.strip().split("::")[-1][:80]
+
+
+def _recorded(calls: dict[str, Callable]) -> list[str]:
+    """Names of all kernels in the order in which they started, a mark before each candidate's."""
+    # A process that captures graphs must not have the profiler's hooks removed and put back (torch sets the same for
+    # the versions that crashed).
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for call in calls.values():
+            torch.cuda._sleep(1000)
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+
+
+def kernels_seen(calls: dict[str, Callable]) -> dict[str, list[str]] | None:
+    """The kernels of one call of each candidate, each name once; None where the profiler sees none."""
+    groups: list[list[str]] = []
+    for name in _recorded(calls):
+        if _MARK in name:
+            groups.append([])
+        elif groups:
+            groups[-1].append(shortened(name))
+    if len(groups) != len(calls) or not any(groups):
+        return None
+    return {name: list(dict.fromkeys(group)) for name, group in zip(calls, groups, strict=True)}
+
+
+def unexpected(seen: dict[str, list[str]]) -> str | None:
+    """A sentence where a candidate of EXPECTED ran other kernels than its own."""
+    for name, parts in EXPECTED.items():
+        for part in parts:
+            if name in seen and not any(part in kernel for kernel in seen[name]):
+                return f"{name} ran no kernel named {part}, but {', '.join(seen[name]) or 'none'}"
+    return None
