@@ -24,17 +24,12 @@ constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 constexpr int kStep = 2 * kChunk, kStepBytes = 2 * kStep;
 
 // The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
-// columns, SHARES of them each a part of the same step. WEIGHTS_AHEAD: steps of weights on their way. COLUMNS_AHEAD:
-// steps of columns on their way, of each producer. STAGES: steps of columns ready for wgmma. REGISTERS: of a
-// multiplying thread.
-template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int SHARES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int STAGES,
-          int REGISTERS>
+// columns, each a part of every step. WEIGHTS_AHEAD, COLUMNS_AHEAD: steps of weights and of columns on their way or
+// ready. REGISTERS: of a multiplying thread.
+template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int REGISTERS>
 struct TiledSizes {
-  static constexpr int kMultipliers = MULTIPLIERS, kColumns = COLUMNS, kProducers = PRODUCERS, kShares = SHARES,
-                       kWeightsAhead = WEIGHTS_AHEAD, kColumnsAhead = COLUMNS_AHEAD, kStages = STAGES,
-                       kRegisters = REGISTERS;
-  static constexpr int kTurns = PRODUCERS / SHARES; // a producer serves every kTurns-th step
-  static_assert(STAGES >= kTurns, "or a producer could take a stage that still waits for its step before the last");
+  static constexpr int kMultipliers = MULTIPLIERS, kColumns = COLUMNS, kProducers = PRODUCERS,
+                       kWeightsAhead = WEIGHTS_AHEAD, kStages = COLUMNS_AHEAD, kRegisters = REGISTERS;
   static constexpr int kMultiplyingThreads = kWarpgroup * MULTIPLIERS;
   static constexpr int kThreads = kMultiplyingThreads + 32 * PRODUCERS;
   static constexpr int kBlocks = MULTIPLIERS == 1 ? 2 : 1; // of an SM
@@ -42,12 +37,14 @@ struct TiledSizes {
   static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
   // what is left for a producing thread
   static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
-  static constexpr int kColumnBytes = COLUMNS * kStepBytes;               // of one step
+  // Eight values of k of all columns, and 16 bytes more: copies of neighbouring k then lie in different banks.
+  static constexpr int kMatrixBytes = COLUMNS * 16 + 16;
+  static constexpr int kColumnBytes = kStep / 8 * kMatrixBytes;           // of one step
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
 };
-using FewRoutes = TiledSizes<1, 64, 2, 1, 3, 2, 3, 160>;
-using ManyRoutes = TiledSizes<2, 128, 4, 2, 3, 2, 3, 224>;
+using FewRoutes = TiledSizes<1, 64, 2, 4, 5, 160>;
+using ManyRoutes = TiledSizes<2, 128, 4, 3, 6, 224>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -65,9 +62,8 @@ __device__ __forceinline__ int steps_of(int length) {
 }
 
 template <class Sizes> struct TiledShared {
-  alignas(1024) uint8_t columns[Sizes::kStages][Sizes::kColumnBytes];
-  uint8_t arriving[Sizes::kProducers][Sizes::kColumnsAhead][Sizes::kColumnBytes / Sizes::kShares];
-  uint8_t weights[Sizes::kWeightsAhead][Sizes::kRowBytes];
+  alignas(1024) uint8_t weights[Sizes::kWeightsAhead][Sizes::kRowBytes];
+  uint8_t columns[Sizes::kStages][Sizes::kColumnBytes];
   uint64_t full[Sizes::kStages], empty[Sizes::kStages], routes_free[2];
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
@@ -80,10 +76,10 @@ template <class Sizes> __device__ __forceinline__ void producers_meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * Sizes::kProducers) : "memory");
 }
 
-// Where piece `piece` (16 bytes) of row `row` lies in rows of kStepBytes, so that neither the copies (a row at a time)
-// nor the reads (two rows, half of each) meet in a bank.
+// Where piece `piece` (16 bytes) of row `row` lies in a warp's rows of kStepBytes, so that neither the copies (a row at
+// a time) nor the reads (one piece of eight rows) meet in a bank.
 __device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
+  return row * kStepBytes + (piece ^ row % 8) * 16;
 }
 
 // All threads: barriers, and the places of the experts' items.
@@ -92,7 +88,7 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   const int thread = threadIdx.x;
   constexpr int arrivals = Sizes::kMultiplyingThreads / 32;
   if (thread >= 32 && thread < 32 + Sizes::kStages) {
-    barrier_init(&shared.full[thread - 32], Sizes::kShares);
+    barrier_init(&shared.full[thread - 32], 32 * Sizes::kProducers);
     barrier_init(&shared.empty[thread - 32], arrivals);
   }
   if (thread >= 64 && thread < 66) barrier_init(&shared.routes_free[thread - 64], arrivals);
@@ -156,44 +152,42 @@ template <int PARTS> __device__ __forceinline__ int columns_for(int count) {
   return PARTS * max(8, 1 << (32 - __clz(count - 1)));
 }
 
-// 16 bytes from global to shared memory; zeros, and nothing is read, where !valid.
-__device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
-               : "memory");
+// BYTES from global to shared memory; zeros, and nothing is read, where !valid.
+template <int BYTES> __device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
+  if (BYTES == 16) // past L1
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(target), "l"(source),
+                 "r"(valid ? BYTES : 0), "n"(BYTES)
+                 : "memory");
 }
-__device__ __forceinline__ void close_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int STILL_RUNNING> __device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(STILL_RUNNING) : "memory");
-}
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
+// This thread's arrival at the barrier, once all its copies so far have come.
+__device__ __forceinline__ void arrive_with_copies(uint64_t *barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// The producer warps: each brings its share of every kTurns-th step of each item's columns, first as they lie in
-// memory, then from there into wgmma's order. Op: see tiled().
+// The producer warps: each brings a part of every step of each item's columns. Op: see tiled().
+//
+// wgmma reads 16 values of k as two matrices of 8 columns x 16 bytes. The canonical product is the first (or second)
+// four values of each of four pieces of eight, so a matrix is made of the halves of two pieces, copied by 8 bytes.
 template <class T, class Sizes, class Op>
 __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
                                         TiledShared<Sizes> &shared) {
-  constexpr int ROUTES = Sizes::kColumns / Op::kParts, STAGES = Sizes::kStages, TURNS = Sizes::kTurns,
-                AHEAD = Sizes::kColumnsAhead, SHARE = Sizes::kColumns / Sizes::kShares, SLOT = SHARE * kStepBytes;
-  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, warp = thread / 32, lane = thread % 32;
-  const int turn = warp % TURNS, share = warp / TURNS * SHARE; // the first column of this warp's share
+  constexpr int ROUTES = Sizes::kColumns / Op::kParts, STAGES = Sizes::kStages;
+  constexpr int STRIDE = 2 * Sizes::kProducers; // columns that the producers copy at once: 16 lanes a column
+  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, unit = thread % 16, own = thread / 16;
   const int length = op.length(), steps = steps_of(length);
-  const uint32_t arriving = shared_address(shared.arriving[warp]);
-  const uint32_t arrival = arriving + place_of(lane / 8, lane % 8); // the row of lane / 8 + 4 i is 4 i rows further
-  const uint32_t departure = arriving + place_of(lane / 4, lane % 4);
-  const T *source = op.columns() + 8 * (lane % 8);
+  // unit: half h of piece q of chunk c, of this lane's column: matrix 4c + 2h + q / 2, its place q % 2
+  const int c = unit / 8, q = unit / 2 % 4, h = unit % 2;
+  const uint32_t target = shared_address(shared.columns) + (4 * c + 2 * h + q / 2) * Sizes::kMatrixBytes + q % 2 * 8;
+  const T *source = op.columns() + 4 * unit;
   Walk<Sizes, ROUTES> walk(shared, plan, s.experts);
   Item item;
   if (plan.dependent) wait_for_previous_grid();
-  for (int number = 0, counter = 0; walk.next(&item); number++, counter += steps) {
+  int stage = 0, round = 1; // round: parity of the phase that must have ended
+  for (int number = 0; walk.next(&item); number++) {
     const int place = number % 2;
     barrier_wait(&shared.routes_free[place], (number / 2 + 1) % 2);
     const int columns = columns_for<Op::kParts>(item.count), per_part = columns / Op::kParts;
@@ -204,49 +198,17 @@ __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, con
       shared.rows[place][column] = route >= 0 ? op.column_row(route, column / per_part) : -1;
     }
     producers_meet<Sizes>();
-    const int32_t *rows = shared.rows[place] + share + lane / 8;
-    const int own = min(columns - share, SHARE); // columns of this warp; none when negative
-    auto fetch = [&](int step, int slot) {
-      const bool within = step * kStep + 8 * (lane % 8) < length;
-      if (step < steps)
-        for (int base = 0; base < own; base += 32)
-#pragma unroll
-          for (int i = base; i < base + 32; i += 4) {
-            if (i >= own) continue;
-            const int row = rows[i];
-            copy_ahead(arrival + slot * SLOT + i * kStepBytes,
-                       source + (int64_t)max(row, 0) * length + (int64_t)step * kStep, row >= 0 && within);
-          }
-      close_copies();
-    };
-    const int first = (turn - counter % TURNS + TURNS) % TURNS;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      fetch(first + i * TURNS, i);
-    for (int step = first, slot = 0; step < steps; step += TURNS, slot = slot + 1 == AHEAD ? 0 : slot + 1) {
-      const int stage = (counter + step) % STAGES;
-      uint8_t *target = shared.columns[stage] + (share + lane / 4) * 16 + lane % 4 * 4;
-      await_copies<AHEAD - 1>();
-      __syncwarp();
-      barrier_wait(&shared.empty[stage], ((counter + step) / STAGES + 1) % 2);
-      for (int base = 0; base < own; base += 32)
-#pragma unroll
-        for (int i = base; i < base + 32; i += 8) {
-          if (i >= own) continue;
-          uint8_t *p = target + i * 16;
-#pragma unroll
-          for (int chunk = 0; chunk < 2; chunk++) {
-            const uint4 v = load_shared((departure ^ 64 * chunk) + slot * SLOT + i * kStepBytes);
-            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk)) = v.x;
-            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk + 16)) = v.y;
-            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk + 32)) = v.z;
-            *(uint32_t *)(p + Sizes::kColumns * (64 * chunk + 48)) = v.w;
-          }
-        }
-      fence_for_wgmma();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.full[stage]);
-      fetch(step + AHEAD * TURNS, slot);
+    for (int step = 0; step < steps; step++) {
+      const bool within = step * kStep + 4 * unit < length;
+      barrier_wait(&shared.empty[stage], round);
+#pragma unroll 4
+      for (int column = own; column < columns; column += STRIDE) {
+        const int row = shared.rows[place][column];
+        copy_ahead<8>(target + stage * Sizes::kColumnBytes + column * 16,
+                      source + (int64_t)max(row, 0) * length + step * kStep, row >= 0 && within);
+      }
+      arrive_with_copies(&shared.full[stage]);
+      if (++stage == STAGES) stage = 0, round ^= 1;
     }
   }
 }
@@ -290,27 +252,41 @@ template <class T, class Sizes, class Op> struct WeightStream {
       for (int i = 0; i < 8; i++) {
         const bool reads = within && some[i % 2];
         const T *row = source + i / 4 * op.half_stride() + i / 2 % 2 * op.high_stride() + i % 2 * op.four_groups();
-        copy_ahead(place + i * 4 * kStepBytes, reads ? row : op.weights(), reads);
+        copy_ahead<16>((place ^ i % 2 * 64) + i * 4 * kStepBytes, reads ? row : op.weights(), reads);
       }
       source += kStep;
       if (++step == steps_of(length)) enter();
     }
-    close_copies();
+    asm volatile("cp.async.commit_group;" ::: "memory");
     slot = slot + 1 == Sizes::kWeightsAhead ? 0 : slot + 1;
   }
-  // The oldest step: chunk, half, low and high row. load() then takes its place.
-  __device__ __forceinline__ void take(uint4 (&a)[2][2][2]) {
-    await_copies<Sizes::kWeightsAhead - 1>();
+  // The oldest step as operands: chunk, product, half, register. load() then takes its place.
+  //
+  // A lane's registers are words of the halves that the matrices of columns are made of (produce()): word t % 2 of half
+  // `product` of pieces t / 2 and 2 + t / 2. Lanes with an odd t / 2 read the second half first, or two rows would meet
+  // in a bank.
+  __device__ __forceinline__ void take(uint32_t (&a)[2][2][2][4]) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Sizes::kWeightsAhead - 1) : "memory");
     __syncwarp();
-    const uint32_t own = ring + slot * Sizes::kRowBytes + place_of(lane / 4, lane % 4);
+    const int t = lane % 4, odd = t / 2;
+    const uint32_t own = ring + slot * Sizes::kRowBytes + place_of(lane / 4, odd) + t % 2 * 4 + odd * 8;
 #pragma unroll
     for (int chunk = 0; chunk < 2; chunk++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int high = 0; high < 2; high++)
-          a[chunk][half][high] = load_shared((own ^ chunk * 64) + (16 * half + 8 * high) * kStepBytes);
+        for (int i = 0; i < 4; i++) { // register i: row low or high, pieces t / 2 or 2 + t / 2
+          const uint32_t word = (own ^ (chunk * 64 + i / 2 * 32)) + (16 * half + i % 2 * 8) * kStepBytes;
+          const uint32_t x = load_shared(word), y = load_shared(word ^ 8);
+          a[chunk][0][half][i] = odd ? y : x;
+          a[chunk][1][half][i] = odd ? x : y;
+        }
     __syncwarp();
+  }
+  static __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
   }
 };
 
@@ -334,23 +310,23 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
         c[half][tile][i] = 0.0f;
   auto product = [&](int step, auto both) {
     const int place = counter + step, stage = place % Sizes::kStages;
-    uint4 a[2][2][2];
+    uint32_t a[2][2][2][4];
     weights.take(a);
     barrier_wait(&shared.full[stage], place / Sizes::kStages % 2);
+    fence_for_wgmma();
     wgmma_fence();
 #pragma unroll
-    for (int chunk = 0; chunk < (both ? 2 : 1); chunk++) {
-      const uint32_t columns = base + stage * Sizes::kColumnBytes + chunk * Sizes::kColumns * 64;
-      const uint64_t first = columns_descriptor(columns, Sizes::kColumns * 16);
-      const uint64_t second = columns_descriptor(columns + Sizes::kColumns * 32, Sizes::kColumns * 16);
-      const auto &w = a[chunk];
+    for (int chunk = 0; chunk < (both ? 2 : 1); chunk++)
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        Wgmma<T, TILES>::multiply(c[half], w[half][0].x, w[half][1].x, w[half][0].y, w[half][1].y, first);
+      for (int product = 0; product < 2; product++) {
+        const uint64_t columns = columns_descriptor(
+            base + stage * Sizes::kColumnBytes + (4 * chunk + 2 * product) * Sizes::kMatrixBytes, Sizes::kMatrixBytes);
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        Wgmma<T, TILES>::multiply(c[half], w[half][0].z, w[half][1].z, w[half][0].w, w[half][1].w, second);
-    }
+        for (int half = 0; half < 2; half++) {
+          const auto &w = a[chunk][product][half];
+          Wgmma<T, TILES>::multiply(c[half], w[0], w[1], w[2], w[3], columns);
+        }
+      }
     wgmma_commit();
     weights.load(); // while the products run: take() has emptied the slot
     wgmma_wait();

@@ -77,7 +77,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
                "r"(parity)
                : "memory");
 }
-// Makes this thread's stores to shared memory visible to wgmma's reads.
+// Makes what this thread stored to shared memory, or has waited for, visible to wgmma's reads.
 __device__ __forceinline__ void fence_for_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
