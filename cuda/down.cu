@@ -12,6 +12,7 @@
 // grouped: a block serves 64 rows of one expert, 16 a warp, for all its routes, 8 or 16 at a time, and writes v[t,k,h]
 //          in FP32 to scratch (it stays in L2); combine_slots adds them up.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
+#include "arrange.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
@@ -154,13 +155,18 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
     return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens), dim3(32 * s.top_k), 0,
                   stream, dependent, args, dependent);
   RouteLists lists = {};
+  const void *columns = nullptr;
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
     // behind our own gate_up the lists are there: it made them, and let this grid start only then
-    if (!behind_gate_up) WD_TRY(sort_routes(s, args.topk_ids, args.scratch, stream));
+    const bool arrange = schedule == WD_CUDA_TILED && !behind_gate_up; // then behind the scratch is room for it
+    columns = arrange ? (char *)args.scratch + wd_cuda_scratch_bytes(&s) : args.intermediate;
+    if (!behind_gate_up)
+      WD_TRY(sort_routes(s, args.topk_ids, args.scratch, args.intermediate, (void *)columns,
+                         arrange ? 2 * s.tokens * s.top_k : 0, s.intermediate, stream));
     lists = sorted_routes(s, args.scratch);
   }
   if (schedule == WD_CUDA_TILED)
-    WD_TRY(down_tiled(args, lists, dependent, stream));
+    WD_TRY(down_tiled(args, lists, columns, dependent, stream));
   else
     WD_TRY(launch("down_grouped", down_grouped<T>,
                   dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
@@ -172,7 +178,10 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
 } // namespace wd
 
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
-  return wd::sorted_routes_bytes(*s) + wd::align16((size_t)s->tokens * s->top_k * s->hidden * sizeof(float));
+  // v[T*K, H], or before it arranged hidden states
+  const size_t v = (size_t)s->tokens * s->top_k * s->hidden * sizeof(float);
+  const size_t columns = (size_t)s->tokens * wd::arranged(s->hidden) * 2;
+  return wd::sorted_routes_bytes(*s) + wd::align16(v > columns ? v : columns);
 }
 
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {

@@ -10,12 +10,13 @@ namespace wd {
 template <class T> struct Down {
   static constexpr int kParts = 2;
   const wd_down_args &args;
+  const void *arranged_columns;
 
   __device__ __forceinline__ int length() const {
     return args.shape.intermediate;
   }
   __device__ __forceinline__ const T *columns() const {
-    return (const T *)args.intermediate;
+    return (const T *)arranged_columns;
   }
   __device__ __forceinline__ int column_row(int route, int part) const {
     return 2 * route + part;
@@ -66,14 +67,16 @@ template <class T> struct Down {
 
 template <class T, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
-    down_tiled_kernel(const __grid_constant__ wd_down_args args, const __grid_constant__ TiledPlan plan) {
+    down_tiled_kernel(const __grid_constant__ wd_down_args args, const __grid_constant__ TiledPlan plan,
+                      const void *columns) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  tiled<T, Sizes>(Down<T>{args}, args.shape, plan);
+  tiled<T, Sizes>(Down<T>{args, columns}, args.shape, plan);
 #endif
 }
 
 template <class T, class Sizes>
-static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
+static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
+                            cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   const auto kernel = down_tiled_kernel<T, Sizes>;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
@@ -81,19 +84,20 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, b
   dim3 grid;
   WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 2, &grid));
   WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch("down_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan);
+  return launch("down_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan, columns);
 }
 
 template <class T>
-static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
-  return few_routes(args.shape) ? down_sizes<T, FewRoutes>(args, lists, dependent, stream)
-                                : down_sizes<T, ManyRoutes>(args, lists, dependent, stream);
+static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
+                            cudaStream_t stream) {
+  return few_routes(args.shape) ? down_sizes<T, FewRoutes>(args, lists, columns, dependent, stream)
+                                : down_sizes<T, ManyRoutes>(args, lists, columns, dependent, stream);
 }
 
-wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
-
-  return args.shape.dtype == WD_BF16 ? down_dtype<bf16>(args, lists, dependent, stream)
-                                     : down_dtype<f16>(args, lists, dependent, stream);
+wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
+                     cudaStream_t stream) {
+  return args.shape.dtype == WD_BF16 ? down_dtype<bf16>(args, lists, columns, dependent, stream)
+                                     : down_dtype<f16>(args, lists, columns, dependent, stream);
 }
 
 } // namespace wd

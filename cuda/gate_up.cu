@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(32 * kGroupedWarps, 4) gate_up_grouped(const w
   }
 }
 
-template <class T> wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, cudaStream_t stream) {
+template <class T>
+wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool down_follows, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   const int tiles = s.intermediate / 8;
   if (schedule == WD_CUDA_DIRECT)
@@ -89,10 +90,12 @@ template <class T> wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedu
                   dim3(32 * kDirectWarps), 0, stream, false, args);
   RouteLists lists = {};
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
-    WD_TRY(sort_routes(s, args.topk_ids, args.scratch, stream));
+    void *columns = (char *)args.scratch + sorted_routes_span(s); // where v of down will be
+    WD_TRY(sort_routes(s, args.topk_ids, args.scratch, args.hidden_states, columns,
+                       schedule == WD_CUDA_TILED ? s.tokens : 0, s.hidden, stream));
     lists = sorted_routes(s, args.scratch);
+    if (schedule == WD_CUDA_TILED) return gate_up_tiled(args, lists, columns, down_follows, stream);
   }
-  if (schedule == WD_CUDA_TILED) return gate_up_tiled(args, lists, stream);
   return launch("gate_up_grouped", gate_up_grouped<T>,
                 dim3((tiles + kGroupedWarps - 1) / kGroupedWarps, s.experts, list_splits(s)), dim3(32 * kGroupedWarps),
                 0, stream, false, args, lists);
@@ -100,7 +103,7 @@ template <class T> wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedu
 
 } // namespace wd
 
-wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, void *stream) {
-  return args->shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(*args, schedule, (cudaStream_t)stream)
-                                      : wd::gate_up<wd::f16>(*args, schedule, (cudaStream_t)stream);
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream) {
+  return args->shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(*args, schedule, down_follows != 0, (cudaStream_t)stream)
+                                      : wd::gate_up<wd::f16>(*args, schedule, down_follows != 0, (cudaStream_t)stream);
 }

@@ -10,12 +10,14 @@ namespace wd {
 template <class T> struct GateUp {
   static constexpr int kParts = 1;
   const wd_gate_up_args &args;
+  const void *arranged_columns;
+  bool arranges; // the intermediate, for down
 
   __device__ __forceinline__ int length() const {
     return args.shape.hidden;
   }
   __device__ __forceinline__ const T *columns() const {
-    return (const T *)args.hidden_states;
+    return (const T *)arranged_columns;
   }
   __device__ __forceinline__ int column_row(int route, int) const {
     return route / args.shape.top_k;
@@ -47,57 +49,62 @@ template <class T> struct GateUp {
                                          const int32_t *routes, int count) const {
     const wd_moe_shape &s = args.shape;
     const int row = neuron(unit, warp, lane / 4);
-    if (row >= s.intermediate) return;
+    const int part = arranges ? arranged(s.intermediate) : s.intermediate, place = arranges ? arranged_place(row) : row;
+    if (row >= part) return; // between I and part: the zeros that fill an arranged row
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         const int column = 8 * tile + lane % 4 * 2 + j;
         if (column >= count) continue;
-        T *out = (T *)args.intermediate + (int64_t)routes[column] * 2 * s.intermediate + row;
+        T *out = (T *)args.intermediate + (int64_t)routes[column] * 2 * part + place;
         Pair<T> high, low;
+        if (row < s.intermediate) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-          split_intermediate<T>(activate(c[half][tile][j], args.activation), c[half][tile][2 + j], &high.value[half],
-                                &low.value[half]);
+          for (int half = 0; half < 2; half++)
+            split_intermediate<T>(activate(c[half][tile][j], args.activation), c[half][tile][2 + j], &high.value[half],
+                                  &low.value[half]);
+        }
         *(uint32_t *)out = high.bits;
-        *(uint32_t *)(out + s.intermediate) = low.bits;
+        *(uint32_t *)(out + part) = low.bits;
       }
   }
 };
 
 template <class T, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
-    gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan) {
+    gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan,
+                         const void *columns, bool arranges) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  tiled<T, Sizes>(GateUp<T>{args}, args.shape, plan);
+  tiled<T, Sizes>(GateUp<T>{args, columns, arranges}, args.shape, plan);
 #endif
 }
 
 template <class T, class Sizes>
-static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &lists, bool dependent,
-                               cudaStream_t stream) {
+static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
+                               bool down_follows, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   const auto kernel = gate_up_tiled_kernel<T, Sizes>;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
-  const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, dependent};
+  const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, false};
   dim3 grid;
   WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 1, &grid));
   WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch("gate_up_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan);
+  return launch("gate_up_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan, columns,
+                down_follows);
 }
 
 template <class T>
-static wd_status gate_up_dtype(const wd_gate_up_args &args, const RouteLists &lists, bool dependent,
-                               cudaStream_t stream) {
-  return few_routes(args.shape) ? gate_up_sizes<T, FewRoutes>(args, lists, dependent, stream)
-                                : gate_up_sizes<T, ManyRoutes>(args, lists, dependent, stream);
+static wd_status gate_up_dtype(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
+                               bool down_follows, cudaStream_t stream) {
+  return few_routes(args.shape) ? gate_up_sizes<T, FewRoutes>(args, lists, columns, down_follows, stream)
+                                : gate_up_sizes<T, ManyRoutes>(args, lists, columns, down_follows, stream);
 }
 
-wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
-  const bool dependent = false; // on the lists alone
-  return args.shape.dtype == WD_BF16 ? gate_up_dtype<bf16>(args, lists, dependent, stream)
-                                     : gate_up_dtype<f16>(args, lists, dependent, stream);
+wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,
+                        cudaStream_t stream) {
+  return args.shape.dtype == WD_BF16 ? gate_up_dtype<bf16>(args, lists, columns, down_follows, stream)
+                                     : gate_up_dtype<f16>(args, lists, columns, down_follows, stream);
 }
 
 } // namespace wd

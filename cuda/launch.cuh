@@ -44,10 +44,15 @@ namespace wd {
 
 // Routes sorted by expert (routes.cu), at the start of the scratch: bytes, the launch, and where its result lies.
 size_t sorted_routes_bytes(const wd_moe_shape &shape);
-wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, cudaStream_t stream);
+// rows: for the tiled schedule, row_count rows of `length` values that it also arranges into target.
+wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *rows, void *target,
+                      int64_t row_count, int length, cudaStream_t stream);
 RouteLists sorted_routes(const wd_moe_shape &shape, const void *scratch);
 
 // The tiled schedule (tiled.cuh). dependent: the grid before is this call's gate_up.
-wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream);
-wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream);
+// The columns are arranged (arrange.cuh); gate_up leaves an arranged intermediate when down of the same call follows.
+wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,
+                        cudaStream_t stream);
+wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
+                     cudaStream_t stream);
 } // namespace wd

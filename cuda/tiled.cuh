@@ -10,6 +10,7 @@
 // item, two blocks an SM: multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache), and
 // only the hardware's queue evens that out. For many tokens blocks stay and walk over items, with larger tiles.
 #pragma once
+#include "arrange.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
@@ -37,14 +38,14 @@ struct TiledSizes {
   static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
   // what is left for a producing thread
   static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
-  // Eight values of k of all columns, and 16 bytes more: copies of neighbouring k then lie in different banks.
+  // One matrix row of all columns, and 16 bytes more: copies of neighbouring pieces then lie in different banks.
   static constexpr int kMatrixBytes = COLUMNS * 16 + 16;
   static constexpr int kColumnBytes = kStep / 8 * kMatrixBytes;           // of one step
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
 };
 using FewRoutes = TiledSizes<1, 64, 2, 4, 5, 160>;
-using ManyRoutes = TiledSizes<2, 128, 4, 3, 6, 224>;
+using ManyRoutes = TiledSizes<2, 144, 4, 4, 4, 232>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -77,9 +78,9 @@ template <class Sizes> __device__ __forceinline__ void producers_meet() {
 }
 
 // Where piece `piece` (16 bytes) of row `row` lies in a warp's rows of kStepBytes, so that neither the copies (a row at
-// a time) nor the reads (one piece of eight rows) meet in a bank.
+// a time) nor the reads (two rows, half of each) meet in a bank.
 __device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kStepBytes + (piece ^ row % 8) * 16;
+  return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
 }
 
 // All threads: barriers, and the places of the experts' items.
@@ -136,32 +137,32 @@ template <class Sizes, int ROUTES> struct Walk {
         high = middle;
     }
     const int granules = (plan.units + Sizes::kMultipliers - 1) / Sizes::kMultipliers;
+    // An expert's routes in equal parts: a last part of a few routes would read all its weights for them.
     const int local = position - shared.before[low], first = shared.offsets[low];
+    const int count = shared.offsets[low + 1] - first, tiles = (count + ROUTES - 1) / ROUTES;
+    const int tile = local / granules, share = (count + tiles - 1) / tiles;
     item->expert = low;
     item->unit = local % granules * Sizes::kMultipliers;
     item->units = min(Sizes::kMultipliers, plan.units - item->unit);
-    item->first = first + local / granules * ROUTES;
-    item->count = min(ROUTES, shared.offsets[low + 1] - item->first);
+    item->first = first + tile * share;
+    item->count = min(share, count - tile * share);
     position += gridDim.x;
     return true;
   }
 };
 
-// Columns of the products that serve `count` routes: the least of 8, 16, 32, 64, 128 with PARTS columns a route.
-template <int PARTS> __device__ __forceinline__ int columns_for(int count) {
-  return PARTS * max(8, 1 << (32 - __clz(count - 1)));
+// Columns of the products that serve `count` routes, PARTS columns a route.
+template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int count) {
+  const int columns = PARTS * ((count + 7) / 8 * 8);
+  if (columns <= 32) return columns <= 8 ? 8 : columns <= 16 ? 16 : 32;
+  if (Sizes::kColumns <= 64 || columns <= 64) return 64;
+  return columns <= 96 ? 96 : columns <= 128 ? 128 : 144;
 }
 
-// BYTES from global to shared memory; zeros, and nothing is read, where !valid.
-template <int BYTES> __device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
-  if (BYTES == 16) // past L1
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(target), "l"(source),
-                 "r"(valid ? BYTES : 0), "n"(BYTES)
-                 : "memory");
+// 16 bytes from global to shared memory; zeros, and nothing is read, where !valid.
+__device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
 }
 // This thread's arrival at the barrier, once all its copies so far have come.
 __device__ __forceinline__ void arrive_with_copies(uint64_t *barrier) {
@@ -170,19 +171,17 @@ __device__ __forceinline__ void arrive_with_copies(uint64_t *barrier) {
 
 // The producer warps: each brings a part of every step of each item's columns. Op: see tiled().
 //
-// wgmma reads 16 values of k as two matrices of 8 columns x 16 bytes. The canonical product is the first (or second)
-// four values of each of four pieces of eight, so a matrix is made of the halves of two pieces, copied by 8 bytes.
+// wgmma reads 16 values of k as two matrices of 8 columns x 16 bytes. Arranged columns (arrange.cuh) have the words of
+// a matrix row side by side, so 16 bytes are copied as they are.
 template <class T, class Sizes, class Op>
 __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
                                         TiledShared<Sizes> &shared) {
-  constexpr int ROUTES = Sizes::kColumns / Op::kParts, STAGES = Sizes::kStages;
-  constexpr int STRIDE = 2 * Sizes::kProducers; // columns that the producers copy at once: 16 lanes a column
-  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, unit = thread % 16, own = thread / 16;
-  const int length = op.length(), steps = steps_of(length);
-  // unit: half h of piece q of chunk c, of this lane's column: matrix 4c + 2h + q / 2, its place q % 2
-  const int c = unit / 8, q = unit / 2 % 4, h = unit % 2;
-  const uint32_t target = shared_address(shared.columns) + (4 * c + 2 * h + q / 2) * Sizes::kMatrixBytes + q % 2 * 8;
-  const T *source = op.columns() + 4 * unit;
+  constexpr int ROUTES = Sizes::kColumns / Op::kParts;
+  constexpr int STRIDE = 4 * Sizes::kProducers; // columns that the producers copy at once: 8 lanes a column
+  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, own = thread / 8;
+  const int steps = steps_of(op.length()), pitch = arranged(op.length());
+  const uint32_t target = shared_address(shared.columns) + thread % 8 * Sizes::kMatrixBytes;
+  const T *source = op.columns() + thread % 8 * 8;
   Walk<Sizes, ROUTES> walk(shared, plan, s.experts);
   Item item;
   if (plan.dependent) wait_for_previous_grid();
@@ -190,7 +189,7 @@ __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, con
   for (int number = 0; walk.next(&item); number++) {
     const int place = number % 2;
     barrier_wait(&shared.routes_free[place], (number / 2 + 1) % 2);
-    const int columns = columns_for<Op::kParts>(item.count), per_part = columns / Op::kParts;
+    const int columns = columns_for<Sizes, Op::kParts>(item.count), per_part = columns / Op::kParts;
     for (int column = thread; column < columns; column += 32 * Sizes::kProducers) {
       const int i = column % per_part;
       const int route = i < item.count ? plan.lists.routes[item.first + i] : -1;
@@ -199,16 +198,16 @@ __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, con
     }
     producers_meet<Sizes>();
     for (int step = 0; step < steps; step++) {
-      const bool within = step * kStep + 4 * unit < length;
+      const bool within = step * kStep + thread % 8 * 8 < pitch;
       barrier_wait(&shared.empty[stage], round);
 #pragma unroll 4
       for (int column = own; column < columns; column += STRIDE) {
         const int row = shared.rows[place][column];
-        copy_ahead<8>(target + stage * Sizes::kColumnBytes + column * 16,
-                      source + (int64_t)max(row, 0) * length + step * kStep, row >= 0 && within);
+        copy_ahead(target + stage * Sizes::kColumnBytes + column * 16,
+                   source + (int64_t)max(row, 0) * pitch + step * kStep, row >= 0 && within);
       }
       arrive_with_copies(&shared.full[stage]);
-      if (++stage == STAGES) stage = 0, round ^= 1;
+      if (++stage == Sizes::kStages) stage = 0, round ^= 1;
     }
   }
 }
@@ -252,7 +251,7 @@ template <class T, class Sizes, class Op> struct WeightStream {
       for (int i = 0; i < 8; i++) {
         const bool reads = within && some[i % 2];
         const T *row = source + i / 4 * op.half_stride() + i / 2 % 2 * op.high_stride() + i % 2 * op.four_groups();
-        copy_ahead<16>((place ^ i % 2 * 64) + i * 4 * kStepBytes, reads ? row : op.weights(), reads);
+        copy_ahead(place + i * 4 * kStepBytes, reads ? row : op.weights(), reads);
       }
       source += kStep;
       if (++step == steps_of(length)) enter();
@@ -260,32 +259,26 @@ template <class T, class Sizes, class Op> struct WeightStream {
     asm volatile("cp.async.commit_group;" ::: "memory");
     slot = slot + 1 == Sizes::kWeightsAhead ? 0 : slot + 1;
   }
-  // The oldest step as operands: chunk, product, half, register. load() then takes its place.
-  //
-  // A lane's registers are words of the halves that the matrices of columns are made of (produce()): word t % 2 of half
-  // `product` of pieces t / 2 and 2 + t / 2. Lanes with an odd t / 2 read the second half first, or two rows would meet
-  // in a bank.
-  __device__ __forceinline__ void take(uint32_t (&a)[2][2][2][4]) {
+  // The oldest step: chunk, half, low and high row. load() then takes its place.
+  __device__ __forceinline__ void take(uint4 (&a)[2][2][2]) {
     asm volatile("cp.async.wait_group %0;" ::"n"(Sizes::kWeightsAhead - 1) : "memory");
     __syncwarp();
-    const int t = lane % 4, odd = t / 2;
-    const uint32_t own = ring + slot * Sizes::kRowBytes + place_of(lane / 4, odd) + t % 2 * 4 + odd * 8;
+    const uint32_t own = ring + slot * Sizes::kRowBytes + place_of(lane / 4, lane % 4);
 #pragma unroll
     for (int chunk = 0; chunk < 2; chunk++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) { // register i: row low or high, pieces t / 2 or 2 + t / 2
-          const uint32_t word = (own ^ (chunk * 64 + i / 2 * 32)) + (16 * half + i % 2 * 8) * kStepBytes;
-          const uint32_t x = load_shared(word), y = load_shared(word ^ 8);
-          a[chunk][0][half][i] = odd ? y : x;
-          a[chunk][1][half][i] = odd ? x : y;
-        }
+        for (int high = 0; high < 2; high++)
+          a[chunk][half][high] = load_shared((own ^ chunk * 64) + (16 * half + 8 * high) * kStepBytes);
     __syncwarp();
   }
-  static __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  static __device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
     return v;
   }
 };
@@ -310,23 +303,24 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
         c[half][tile][i] = 0.0f;
   auto product = [&](int step, auto both) {
     const int place = counter + step, stage = place % Sizes::kStages;
-    uint32_t a[2][2][2][4];
+    uint4 a[2][2][2];
     weights.take(a);
     barrier_wait(&shared.full[stage], place / Sizes::kStages % 2);
     fence_for_wgmma();
     wgmma_fence();
 #pragma unroll
-    for (int chunk = 0; chunk < (both ? 2 : 1); chunk++)
+    for (int chunk = 0; chunk < (both ? 2 : 1); chunk++) {
+      const uint32_t columns = base + stage * Sizes::kColumnBytes + 4 * chunk * Sizes::kMatrixBytes;
+      const uint64_t first = columns_descriptor(columns, Sizes::kMatrixBytes);
+      const uint64_t second = columns_descriptor(columns + 2 * Sizes::kMatrixBytes, Sizes::kMatrixBytes);
+      const auto &w = a[chunk];
 #pragma unroll
-      for (int product = 0; product < 2; product++) {
-        const uint64_t columns = columns_descriptor(
-            base + stage * Sizes::kColumnBytes + (4 * chunk + 2 * product) * Sizes::kMatrixBytes, Sizes::kMatrixBytes);
+      for (int half = 0; half < 2; half++)
+        Wgmma<T, TILES>::multiply(c[half], w[half][0].x, w[half][1].x, w[half][0].y, w[half][1].y, first);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const auto &w = a[chunk][product][half];
-          Wgmma<T, TILES>::multiply(c[half], w[0], w[1], w[2], w[3], columns);
-        }
-      }
+      for (int half = 0; half < 2; half++)
+        Wgmma<T, TILES>::multiply(c[half], w[half][0].z, w[half][1].z, w[half][0].w, w[half][1].w, second);
+    }
     wgmma_commit();
     weights.load(); // while the products run: take() has emptied the slot
     wgmma_wait();
@@ -341,7 +335,7 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
 // The whole block. Op says what a row, a column and a result are:
 //   kParts                              columns of a route
 //   length()                            values of a row and of a column
-//   columns(), column_row(route, part)  where columns lie
+//   columns(), column_row(route, part)  where arranged columns lie
 //   weights()                           the first expert's
 //   half_stride(), high_stride(), four_groups()   to the other half's row, to the high row, to lane group g + 4's
 //   row(expert, unit, warp, g), exists(unit, warp, g)   the low row of half 0 of a lane group; whether it is one
@@ -366,14 +360,22 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   WeightStream<T, Sizes, Op> weights(op, walk, shared);
   Item item;
   for (int number = 0, counter = 0; walk.next(&item); number++, counter += steps) {
-    const int columns = columns_for<Op::kParts>(item.count), place = number % 2;
+    const int columns = columns_for<Sizes, Op::kParts>(item.count), place = number % 2;
     auto serve = [&](auto &c) {
       multiply<T>(c, weights, shared, chunks, counter);
       if (group < item.units) op.finish(c, item.unit + group, warp, lane, shared.routes[place], item.count);
     };
-    if (Sizes::kColumns >= 128 && columns > 64) {
-      float c[2][Sizes::kColumns / 8][4];
-      serve(c);
+    if (Sizes::kColumns > 64 && columns > 64) {
+      if (columns > 128) {
+        float c[2][Sizes::kColumns > 64 ? 18 : 1][4];
+        serve(c);
+      } else if (columns > 96) {
+        float c[2][Sizes::kColumns > 64 ? 16 : 1][4];
+        serve(c);
+      } else {
+        float c[2][Sizes::kColumns > 64 ? 12 : 1][4];
+        serve(c);
+      }
     } else if (columns > 32) {
       float c[2][8][4];
       serve(c);

@@ -27,9 +27,11 @@ wd_status wd_cuda_leave(int32_t previous);
 /* Bytes of scratch that either operation needs on this shape, whichever schedule is chosen. A multiple of 16. */
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape);
 
-/* Enqueue on stream, on the current device. dependent: the operation before it on the stream is this library's gate_up
- * of the same call, so that down may load weights before gate_up has ended. */
-wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, void *stream);
+/* Enqueue on stream, on the current device. down_follows: down of the same call comes next, nobody else reads the
+ * intermediate, and it may lie in an order of its own, each row padded to a multiple of 32 values. dependent: the
+ * operation before it on the stream is this library's gate_up of the same call, so that down may load weights before
+ * gate_up has ended. */
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream);
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream);
 
 /* Reads `bytes` (a multiple of 16) and stores nothing that matters to sink (16 bytes). */

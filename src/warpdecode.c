@@ -40,7 +40,7 @@ static int64_t pass_tokens(const wd_moe_shape *shape) {
 
 static size_t pass_intermediate_bytes(const wd_moe_shape *shape) {
   return round_up((size_t)pass_tokens(shape) * (size_t)shape->top_k * (size_t)wd_intermediate_parts(shape->dtype) *
-                  (size_t)shape->intermediate * wd_dtype_size(shape->dtype));
+                  ((size_t)shape->intermediate + 31) / 32 * 32 * wd_dtype_size(shape->dtype));
 }
 
 static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
@@ -206,7 +206,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
     if (on_cpu)
       wd_gate_up_cpu(&args, c->kernel.isa, c->threads);
     else
-      WD_TRY(wd_gate_up_cuda(&args, c->kernel.schedule, c->stream));
+      WD_TRY(wd_gate_up_cuda(&args, c->kernel.schedule, c->output != NULL, c->stream));
   }
   if (c->output != NULL) {
     const wd_down_args args = {.shape = shape,
