@@ -195,7 +195,7 @@ template <class T> __device__ __forceinline__ void split_intermediate(float acti
   const float value = __fmul_rn(activated, up);
   *high = Element<T>::round(value);
   const float rest = __fsub_rn(value, Element<T>::widen(*high));
-  *low = Element<T>::round(isfinite(rest) ? rest * Element<T>::kLowScale : 0.0f); // inf - inf would be NaN
+  *low = Element<T>::round(fabsf(rest) < INFINITY ? rest * Element<T>::kLowScale : 0.0f); // inf - inf would be NaN
 }
 
 // dot(high) + dot(low) * 2^-S

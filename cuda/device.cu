@@ -16,7 +16,7 @@ constexpr int kCachedDevices = 64;
 struct Cache {
   std::atomic<int> values[kCachedDevices];
 };
-static Cache capabilities, multiprocessor_counts;
+static Cache capabilities, multiprocessor_counts, shared_memory_sizes;
 
 template <class Ask> static wd_status cached(Cache &cache, int device, int *value, Ask ask) {
   const bool fits = device >= 0 && device < kCachedDevices;
@@ -52,6 +52,30 @@ wd_status multiprocessors(int *count) {
     WD_CUDA(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
     return WD_OK;
   });
+}
+
+wd_status shared_memory_of_block(int *bytes) {
+  int device = 0;
+  WD_CUDA(cudaGetDevice(&device));
+  return cached(shared_memory_sizes, device, bytes, [&]() -> wd_status {
+    WD_CUDA(cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return WD_OK;
+  });
+}
+
+wd_status allow_shared_memory(const void *kernel, std::atomic<uint64_t> *devices) {
+  int device = 0, bytes = 0;
+  WD_CUDA(cudaGetDevice(&device));
+  const uint64_t bit = device < 64 ? (uint64_t)1 << device : 0; // beyond: asked every time
+  if (devices->load(std::memory_order_relaxed) & bit) return WD_OK;
+  WD_TRY(shared_memory_of_block(&bytes));
+  cudaFuncAttributes attributes;
+  WD_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               bytes - (int)attributes.sharedSizeBytes));
+  WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  devices->fetch_or(bit, std::memory_order_relaxed);
+  return WD_OK;
 }
 
 // The sentence for a machine on which CUDA cannot be used at all.

@@ -10,6 +10,9 @@ wd_status serves_dependent_launch(bool *serves);
 // Multiprocessors of the current device.
 wd_status multiprocessors(int *count);
 
+// Bytes of shared memory that a block of the current device can have.
+wd_status shared_memory_of_block(int *bytes);
+
 // Whether experts have few routes each, so that reading them is all that counts: small tiles, and deep loads.
 inline bool few_routes(const wd_moe_shape &s) {
   return s.tokens * s.top_k <= 24 * (int64_t)s.experts;

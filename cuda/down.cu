@@ -14,32 +14,33 @@
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
 #include "arrange.cuh"
 #include "device.cuh"
+#include "direct.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
 namespace wd {
 
-constexpr int kParallelSlots = WD_CUDA_DIRECT_MAX_TOP_K; // slots that a direct block streams at the same time
+constexpr int kMaxSlots = WD_CUDA_DIRECT_MAX_TOP_K;
 
 // grid (H / 16, T), block 32 * K
-template <class T>
-__global__ void __launch_bounds__(32 * kParallelSlots) down_direct(const wd_down_args args, bool dependent) {
-  __shared__ float values[kParallelSlots][16];
+template <class T, int AHEAD>
+__global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args args, bool dependent) {
+  extern __shared__ __align__(128) uint8_t rings[];
+  __shared__ float values[kMaxSlots][16];
   const wd_moe_shape &s = args.shape;
-  const int slot = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int slot = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   const int first_row = blockIdx.x * 16;
   const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
   if (expert >= 0) {
-    const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate + 8 * t;
-    const T *row_low = weights + (int64_t)(first_row + g) * s.intermediate;
-    const T *row_high = weights + (int64_t)min(first_row + g + 8, s.hidden - 1) * s.intermediate;
-    const T *const column[1] = {(const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate + 8 * t};
+    const T *rows = (const T *)args.down_proj + ((int64_t)expert * s.hidden + first_row) * (int64_t)s.intermediate;
+    const T *column = (const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate;
     float c[2][1][4];
-    stream_dot<T, 1, 2, 8, 2>(c, row_low, row_high, column, s.intermediate, s.intermediate, [&] {
-      if (dependent) wait_for_previous_grid();
-    });
-    if (t == 0) { // all eight columns are the same route
+    direct_dot<T, 2, AHEAD>(c, rows, 8 * (int64_t)s.intermediate, first_row + 8 < s.hidden, column, s.intermediate,
+                            s.intermediate, rings + slot * direct_bytes<2, AHEAD>(), [&] {
+                              if (dependent) wait_for_previous_grid();
+                            });
+    if (lane % 4 == 0) { // all columns are the same route
       values[slot][g] = join_parts<T>(c[0][0][0], c[1][0][0]);
       values[slot][g + 8] = join_parts<T>(c[0][0][2], c[1][0][2]);
     }
@@ -55,6 +56,30 @@ __global__ void __launch_bounds__(32 * kParallelSlots) down_direct(const wd_down
     sum = __fmaf_rn(widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + i), values[i][row], sum);
   }
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
+}
+
+template <class T, int AHEAD>
+wd_status launch_down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  return launch_shared<down_direct<T, AHEAD>>("down_direct", dim3((s.hidden + 15) / 16, (unsigned)s.tokens),
+                                              dim3(32 * s.top_k), s.top_k * direct_bytes<2, AHEAD>(), stream, dependent,
+                                              args, dependent);
+}
+
+// As far ahead as the shared memory of an SM allows to all blocks that it has to serve, if it can have them at once.
+template <class T> wd_status choose_down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  int sms, limit;
+  WD_TRY(multiprocessors(&sms));
+  WD_TRY(shared_memory_of_block(&limit));
+  const int64_t blocks = ((s.hidden + 15) / 16 * s.tokens + sms - 1) / sms; // of an SM
+  const auto fits = [&](size_t bytes, int64_t at_once) {
+    return (int64_t)(s.top_k * bytes + 2048) * at_once <= limit; // 2048: values, and what the system takes
+  };
+  if (fits(direct_bytes<2, 12>(), blocks)) return launch_down_direct<T, 12>(args, dependent, stream);
+  if (fits(direct_bytes<2, 6>(), blocks)) return launch_down_direct<T, 6>(args, dependent, stream);
+  if (fits(direct_bytes<2, 4>(), 1)) return launch_down_direct<T, 4>(args, dependent, stream);
+  return launch_down_direct<T, 2>(args, dependent, stream);
 }
 
 // 16 rows of one expert against 8*TILES routes by one warp.
@@ -151,9 +176,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   bool early_launch;
   WD_TRY(serves_dependent_launch(&early_launch));
   const bool dependent = behind_gate_up && early_launch;
-  if (schedule == WD_CUDA_DIRECT)
-    return launch("down_direct", down_direct<T>, dim3((s.hidden + 15) / 16, (unsigned)s.tokens), dim3(32 * s.top_k), 0,
-                  stream, dependent, args, dependent);
+  if (schedule == WD_CUDA_DIRECT) return choose_down_direct<T>(args, dependent, stream);
   RouteLists lists = {};
   const void *columns = nullptr;
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {

@@ -78,13 +78,12 @@ template <class T, class Sizes>
 static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
                             cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  const auto kernel = down_tiled_kernel<T, Sizes>;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
   const TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows, lists, dependent};
   dim3 grid;
   WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 2, &grid));
-  WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch("down_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan, columns);
+  return launch_shared<down_tiled_kernel<T, Sizes>>("down_tiled", grid, dim3(Sizes::kThreads), bytes, stream, true,
+                                                    args, plan, columns);
 }
 
 template <class T>

@@ -10,6 +10,7 @@
 // grouped: a warp serves all routes of one expert, 8, 16 or 32 at a time; each expert is read once (per 32 routes).
 #include "activation.cuh"
 #include "device.cuh"
+#include "direct.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
@@ -43,17 +44,25 @@ __device__ __forceinline__ void gate_up_tile(const wd_gate_up_args &args, const 
 }
 
 constexpr int kDirectWarps = 2, kGroupedWarps = 4; // of a block, each with neurons of its own
+constexpr int kDirectAhead = 8;                    // steps of weights on their way (direct.cuh)
 
 // grid (I / 16, routes), block 32 * kDirectWarps
 template <class T> __global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const wd_gate_up_args args) {
+  extern __shared__ __align__(128) uint8_t rings[];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
-  const int32_t route = blockIdx.y;
-  const int neuron = (blockIdx.x * kDirectWarps + threadIdx.x / 32) * 8;
+  const int64_t route = blockIdx.y;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, neuron = (blockIdx.x * kDirectWarps + warp) * 8;
   const int expert = expert_of(args.topk_ids, s.id_bytes, route, s.experts);
   if (expert < 0 || neuron >= s.intermediate) return;
-  const T *weights = (const T *)args.gate_up_proj + (int64_t)expert * 2 * s.intermediate * s.hidden;
-  gate_up_tile<T, 1, 8, 4>(args, weights, neuron, &route, 1);
+  const T *gate = (const T *)args.gate_up_proj + ((int64_t)expert * 2 * s.intermediate + neuron) * (int64_t)s.hidden;
+  const T *column = (const T *)args.hidden_states + route / s.top_k * s.hidden;
+  float c[1][1][4];
+  direct_dot<T, 1, kDirectAhead>(c, gate, (int64_t)s.intermediate * s.hidden, true, column, 0, s.hidden,
+                                 rings + warp * direct_bytes<1, kDirectAhead>(), [] {});
+  if (lane % 4 != 0) return; // all columns are the same route
+  T *out = (T *)args.intermediate + route * 2 * s.intermediate + neuron + lane / 4;
+  split_intermediate<T>(activate(c[0][0][0], args.activation), c[0][0][2], out, out + s.intermediate);
 }
 
 // grid (I / 32, experts, splits of long lists), block 32 * kGroupedWarps
@@ -85,9 +94,9 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
   const wd_moe_shape &s = args.shape;
   const int tiles = s.intermediate / 8;
   if (schedule == WD_CUDA_DIRECT)
-    return launch("gate_up_direct", gate_up_direct<T>,
-                  dim3((tiles + kDirectWarps - 1) / kDirectWarps, (unsigned)(s.tokens * s.top_k)),
-                  dim3(32 * kDirectWarps), 0, stream, false, args);
+    return launch_shared<gate_up_direct<T>>(
+        "gate_up_direct", dim3((tiles + kDirectWarps - 1) / kDirectWarps, (unsigned)(s.tokens * s.top_k)),
+        dim3(32 * kDirectWarps), kDirectWarps * direct_bytes<1, kDirectAhead>(), stream, false, args);
   RouteLists lists = {};
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
     void *columns = (char *)args.scratch + sorted_routes_span(s); // where v of down will be

@@ -84,14 +84,12 @@ template <class T, class Sizes>
 static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                                bool down_follows, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  const auto kernel = gate_up_tiled_kernel<T, Sizes>;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
   const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, false};
   dim3 grid;
   WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 1, &grid));
-  WD_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch("gate_up_tiled", kernel, grid, dim3(Sizes::kThreads), bytes, stream, true, args, plan, columns,
-                down_follows);
+  return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(Sizes::kThreads), bytes, stream,
+                                                       true, args, plan, columns, down_follows);
 }
 
 template <class T>

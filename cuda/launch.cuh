@@ -1,6 +1,7 @@
 // launch.cuh - host side: CUDA errors become statuses and sentences; one way to launch.
 #pragma once
 #include "../src/check.h"
+#include <atomic>
 #include <cuda_runtime.h>
 
 namespace wd {
@@ -30,6 +31,17 @@ wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim
   config.numAttrs = dependent ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   return error == cudaSuccess ? WD_OK : cuda_failed(error, name);
+}
+
+// launch() of a kernel that may want more than the 48 KB of shared memory that every block gets. Asks for it once a
+// device; all such kernels prefer the same split between L1 and shared memory, because changing it costs microseconds.
+wd_status allow_shared_memory(const void *kernel, std::atomic<uint64_t> *devices);
+template <auto KERNEL, class... Arguments>
+wd_status launch_shared(const char *name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                        bool dependent, Arguments... arguments) {
+  static std::atomic<uint64_t> devices; // a bit each: read-only once set
+  WD_TRY(allow_shared_memory((const void *)KERNEL, &devices));
+  return launch(name, KERNEL, grid, block, shared_bytes, stream, dependent, arguments...);
 }
 
 constexpr size_t align16(size_t bytes) {

@@ -11,6 +11,7 @@
 // only the hardware's queue evens that out. For many tokens blocks stay and walk over items, with larger tiles.
 #pragma once
 #include "arrange.cuh"
+#include "copies.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
@@ -20,10 +21,6 @@ namespace wd {
 
 constexpr int kWarpgroup = 128, kUnitRows = 128;
 constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
-// k of a step. 128 bytes of a row, a whole line of the L2 cache: copied by halves, lines cost L2 twice the requests,
-// and those are what it runs out of first (89% of its peak where the memory was at 80).
-constexpr int kStep = 2 * kChunk, kStepBytes = 2 * kStep;
-
 // The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
 // columns, each a part of every step. WEIGHTS_AHEAD, COLUMNS_AHEAD: steps of weights and of columns on their way or
 // ready. REGISTERS: of a multiplying thread.
@@ -45,7 +42,7 @@ struct TiledSizes {
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
 };
 using FewRoutes = TiledSizes<1, 64, 2, 4, 5, 160>;
-using ManyRoutes = TiledSizes<2, 144, 4, 4, 4, 232>;
+using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -75,12 +72,6 @@ template <class Sizes> struct TiledShared {
 // Barrier of the producer warps alone.
 template <class Sizes> __device__ __forceinline__ void producers_meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * Sizes::kProducers) : "memory");
-}
-
-// Where piece `piece` (16 bytes) of row `row` lies in a warp's rows of kStepBytes, so that neither the copies (a row at
-// a time) nor the reads (two rows, half of each) meet in a bank.
-__device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
 }
 
 // All threads: barriers, and the places of the experts' items.
@@ -156,14 +147,9 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   const int columns = PARTS * ((count + 7) / 8 * 8);
   if (columns <= 32) return columns <= 8 ? 8 : columns <= 16 ? 16 : 32;
   if (Sizes::kColumns <= 64 || columns <= 64) return 64;
-  return columns <= 96 ? 96 : columns <= 128 ? 128 : 144;
+  return columns <= 96 ? 96 : 128;
 }
 
-// 16 bytes from global to shared memory; zeros, and nothing is read, where !valid.
-__device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
-               : "memory");
-}
 // This thread's arrival at the barrier, once all its copies so far have come.
 __device__ __forceinline__ void arrive_with_copies(uint64_t *barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -220,66 +206,65 @@ template <class T, class Sizes, class Op> struct WeightStream {
   static constexpr int ROUTES = Sizes::kColumns / Op::kParts;
   const Op &op;
   Walk<Sizes, ROUTES> walk;
-  const int length, lane;
-  const T *source;      // row lane / 8 of the warp, at this lane's 16 bytes of the step to load next
-  uint32_t ring;        // the warp's part of the first slot
-  int step, slot;       // to load next
-  bool exists, some[2]; // an item to load from; rows of groups 0 to 3, 4 to 7 in it
+  const int length, steps;
+  int64_t place[4];            // bytes: of this lane's 16 in row lane / 8 + 4 i of half 0, at the step to load next
+  uint32_t target, own;        // where this lane's copies go, and where it reads, in the ring's first slot
+  int left, lane_left;         // steps to load of this item; values from this lane's on
+  uint32_t load_slot, my_slot; // bytes from the first slot
+  bool exists, some[2];        // an item to load from; rows of groups 0 to 3, 4 to 7 in it
 
   __device__ __forceinline__ WeightStream(const Op &op, const Walk<Sizes, ROUTES> &walk, TiledShared<Sizes> &shared)
-      : op(op), walk(walk), length(op.length()), lane(threadIdx.x % 32),
-        ring(shared_address(shared.weights[0]) + threadIdx.x / 32 * Sizes::kWarpBytes), slot(0) {
+      : op(op), walk(walk), length(op.length()), steps(steps_of(length)), load_slot(0), my_slot(0) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t ring = shared_address(shared.weights[0]) + threadIdx.x / 32 * Sizes::kWarpBytes;
+    target = ring + place_of(lane / 8, lane % 8), own = ring + place_of(lane / 4, lane % 4);
     enter();
     for (int i = 0; i < Sizes::kWeightsAhead; i++)
       load();
   }
   __device__ __forceinline__ void enter() {
-    const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32;
+    const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
     Item item;
     exists = walk.next(&item);
-    step = 0, source = op.weights(), some[0] = some[1] = false;
+    some[0] = some[1] = false;
+    left = steps, lane_left = length - lane % 8 * 8;
     if (!exists || group >= item.units) return;
-    source = op.row(item.expert, item.unit + group, warp, lane / 8) + lane % 8 * 8;
+    const int64_t first = (int64_t)(op.row(item.expert, item.unit + group, warp, lane / 8) + lane % 8 * 8);
     some[0] = op.exists(item.unit + group, warp, lane / 8);
     some[1] = op.exists(item.unit + group, warp, lane / 8 + 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      place[i] = first + 2 * (i / 2 * op.high_stride() + i % 2 * op.four_groups());
   }
   __device__ __forceinline__ void load() {
     if (exists) {
-      const uint32_t place = ring + slot * Sizes::kRowBytes + place_of(lane / 8, lane % 8);
-      const bool within = step * kStep + lane % 8 * 8 < length;
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const bool reads = within && some[i % 2];
-        const T *row = source + i / 4 * op.half_stride() + i / 2 % 2 * op.high_stride() + i % 2 * op.four_groups();
-        copy_ahead(place + i * 4 * kStepBytes, reads ? row : op.weights(), reads);
+      for (int i = 0; i < 4; i++) {
+        const bool valid = lane_left > 0 && some[i % 2];
+        copy_ahead(target + load_slot + i * 4 * kStepBytes, (const void *)place[i], valid);
+        copy_ahead(target + load_slot + (i + 4) * 4 * kStepBytes, (const void *)(place[i] + 2 * op.half_stride()),
+                   valid);
+        place[i] += kStepBytes;
       }
-      source += kStep;
-      if (++step == steps_of(length)) enter();
+      lane_left -= kStep;
+      if (--left == 0) enter();
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    slot = slot + 1 == Sizes::kWeightsAhead ? 0 : slot + 1;
+    close_copies();
+    load_slot = load_slot + Sizes::kRowBytes == sizeof(TiledShared<Sizes>::weights) ? 0 : load_slot + Sizes::kRowBytes;
   }
   // The oldest step: chunk, half, low and high row. load() then takes its place.
   __device__ __forceinline__ void take(uint4 (&a)[2][2][2]) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Sizes::kWeightsAhead - 1) : "memory");
+    await_copies<Sizes::kWeightsAhead - 1>();
     __syncwarp();
-    const uint32_t own = ring + slot * Sizes::kRowBytes + place_of(lane / 4, lane % 4);
 #pragma unroll
     for (int chunk = 0; chunk < 2; chunk++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int high = 0; high < 2; high++)
-          a[chunk][half][high] = load_shared((own ^ chunk * 64) + (16 * half + 8 * high) * kStepBytes);
+          a[chunk][half][high] = load_shared((own ^ chunk * 64) + my_slot + (16 * half + 8 * high) * kStepBytes);
     __syncwarp();
-  }
-  static __device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
+    my_slot = my_slot + Sizes::kRowBytes == sizeof(TiledShared<Sizes>::weights) ? 0 : my_slot + Sizes::kRowBytes;
   }
 };
 
@@ -292,7 +277,7 @@ template <bool VALUE> struct Constant {
 // One item: c[half][tile] = rows . columns, as the stages come.
 template <class T, class Sizes, int TILES, class Stream>
 __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weights, TiledShared<Sizes> &shared,
-                                         int chunks, int counter) {
+                                         int chunks, int &stage, int &round) {
   const uint32_t base = shared_address(shared.columns);
 #pragma unroll
   for (int half = 0; half < 2; half++)
@@ -301,11 +286,10 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
 #pragma unroll
       for (int i = 0; i < 4; i++)
         c[half][tile][i] = 0.0f;
-  auto product = [&](int step, auto both) {
-    const int place = counter + step, stage = place % Sizes::kStages;
+  auto product = [&](auto both) {
     uint4 a[2][2][2];
     weights.take(a);
-    barrier_wait(&shared.full[stage], place / Sizes::kStages % 2);
+    barrier_wait(&shared.full[stage], round);
     fence_for_wgmma();
     wgmma_fence();
 #pragma unroll
@@ -325,11 +309,12 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
     weights.load(); // while the products run: take() has emptied the slot
     wgmma_wait();
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[stage]);
+    if (++stage == Sizes::kStages) stage = 0, round ^= 1;
   };
   for (int step = 0; step < chunks / 2; step++)
-    product(step, Constant<true>());
+    product(Constant<true>());
   // half a step: a product of zeros instead could turn a sum of -0 into +0
-  if (chunks % 2 != 0) product(chunks / 2, Constant<false>());
+  if (chunks % 2 != 0) product(Constant<false>());
 }
 
 // The whole block. Op says what a row, a column and a result are:
@@ -355,21 +340,19 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   }
   if (Sizes::kMovesRegisters) take_registers<Sizes::kRegisters>();
   const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
-  const int chunks = chunks_of(op.length()), steps = steps_of(op.length());
+  const int chunks = chunks_of(op.length());
   Walk<Sizes, ROUTES> walk(shared, plan, s.experts);
   WeightStream<T, Sizes, Op> weights(op, walk, shared);
   Item item;
-  for (int number = 0, counter = 0; walk.next(&item); number++, counter += steps) {
+  int stage = 0, round = 0; // of the columns' ring; the parity of the phase to wait for
+  for (int number = 0; walk.next(&item); number++) {
     const int columns = columns_for<Sizes, Op::kParts>(item.count), place = number % 2;
     auto serve = [&](auto &c) {
-      multiply<T>(c, weights, shared, chunks, counter);
+      multiply<T>(c, weights, shared, chunks, stage, round);
       if (group < item.units) op.finish(c, item.unit + group, warp, lane, shared.routes[place], item.count);
     };
     if (Sizes::kColumns > 64 && columns > 64) {
-      if (columns > 128) {
-        float c[2][Sizes::kColumns > 64 ? 18 : 1][4];
-        serve(c);
-      } else if (columns > 96) {
+      if (columns > 96) {
         float c[2][Sizes::kColumns > 64 ? 16 : 1][4];
         serve(c);
       } else {

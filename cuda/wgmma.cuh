@@ -1,6 +1,6 @@
 // wgmma.cuh - sm_90a's warpgroup products and the barriers of a pipeline through shared memory.
 #pragma once
-#include "common.cuh"
+#include "copies.cuh"
 
 namespace wd {
 
@@ -24,9 +24,7 @@ template <class T, int TILES> struct Wgmma;
   WD_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"      \
               "%56,%57,%58,%59,%60,%61,%62,%63"
 #define WD_NAMES_48 WD_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define WD_NAMES_72 WD_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71"
 #define WD_ACCUMULATORS_48(i) WD_ACCUMULATORS_32(i), WD_ACCUMULATORS_16(i + 8)
-#define WD_ACCUMULATORS_72(i) WD_ACCUMULATORS_64(i), WD_ACCUMULATORS_8(i + 16)
 #define WD_WGMMA(type, name, tiles, columns, registers, a0n, a1n, a2n, a3n, dn)                                        \
   template <> struct Wgmma<type, tiles> {                                                                              \
     static __device__ __forceinline__ void multiply(float (&c)[tiles][4], uint32_t a0, uint32_t a1, uint32_t a2,       \
@@ -43,7 +41,6 @@ WD_WGMMA_TYPES(2, 16, 8, 8, 9, 10, 11, 12)
 WD_WGMMA_TYPES(4, 32, 16, 16, 17, 18, 19, 20)
 WD_WGMMA_TYPES(8, 64, 32, 32, 33, 34, 35, 36)
 WD_WGMMA_TYPES(12, 96, 48, 48, 49, 50, 51, 52)
-WD_WGMMA_TYPES(18, 144, 72, 72, 73, 74, 75, 76)
 WD_WGMMA_TYPES(16, 128, 64, 64, 65, 66, 67, 68)
 
 // Before the first product after registers were written; after the last product of a group; until all are done.
@@ -65,9 +62,6 @@ __device__ __forceinline__ uint64_t columns_descriptor(uint32_t shared_address, 
 
 // ---- barriers in shared memory --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-  return (uint32_t)__cvta_generic_to_shared(p);
-}
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

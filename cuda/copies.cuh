@@ -1,0 +1,41 @@
+// copies.cuh - rows through shared memory: asynchronous copies, a step of 64 values at a time.
+//
+// A step is 128 bytes of a row, a whole line of the L2 cache.
+#pragma once
+#include "common.cuh"
+
+namespace wd {
+
+constexpr int kStep = 2 * kChunk, kStepBytes = 2 * kStep;
+
+// Where piece `piece` (16 bytes) of row `row` lies in rows of kStepBytes, so that neither the copies (a row at a time)
+// nor the reads (two rows, half of each) meet in a bank.
+__device__ __forceinline__ int place_of(int row, int piece) {
+  return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
+}
+
+// 16 bytes from global to shared memory, past L1; zeros, and nothing is read, where !valid.
+__device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int RUNNING> __device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(RUNNING) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+  return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+} // namespace wd
