@@ -14,6 +14,13 @@ __device__ __forceinline__ int place_of(int row, int piece) {
   return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
 }
 
+// A number as a type, for lambdas.
+template <int VALUE> struct Constant {
+  __host__ __device__ constexpr operator int() const {
+    return VALUE;
+  }
+};
+
 // 16 bytes from global to shared memory, past L1; zeros, and nothing is read, where !valid.
 __device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)

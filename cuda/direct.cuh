@@ -6,12 +6,40 @@
 // with the oldest.
 #pragma once
 #include "copies.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 
 namespace wd {
 
 // Bytes of a warp's ring.
 template <int PARTS, int AHEAD> __host__ __device__ constexpr size_t direct_bytes() {
   return (size_t)AHEAD * (16 + PARTS) * kStepBytes;
+}
+
+// Calls launch(Constant<AHEAD>) with as many steps ahead as shared memory allows: so that all blocks of the call are on
+// their SMs at once and leave half the memory to the other of the two kernels, which then starts early; or at once at
+// least; or some of them.
+template <int PARTS, class Launch> wd_status choose_ahead(int64_t blocks, int warps, Launch launch) {
+  int sms, limit;
+  WD_TRY(multiprocessors(&sms));
+  WD_TRY(shared_memory_of_block(&limit));
+  const int64_t at_once = (blocks + sms - 1) / sms * warps;
+  const auto fits = [&](size_t bytes, int64_t rings, int64_t room) {
+    return (int64_t)bytes * rings + 2048 <= room; // 2048: what else a block has there
+  };
+#define WD_TRY_AHEAD(ahead, rings, room)                                                                               \
+  if (fits(direct_bytes<PARTS, ahead>(), rings, room)) return launch(Constant<ahead>())
+  WD_TRY_AHEAD(12, at_once, limit / 2);
+  WD_TRY_AHEAD(8, at_once, limit / 2);
+  WD_TRY_AHEAD(6, at_once, limit / 2);
+  WD_TRY_AHEAD(4, at_once, limit / 2);
+  WD_TRY_AHEAD(3, at_once, limit / 2);
+  WD_TRY_AHEAD(6, at_once, limit);
+  WD_TRY_AHEAD(4, at_once, limit);
+  WD_TRY_AHEAD(3, at_once, limit);
+  WD_TRY_AHEAD(4, 2 * warps, limit);
+#undef WD_TRY_AHEAD
+  return launch(Constant<3>());
 }
 
 // c[part] = 16 rows . one column, as stream_dot's with the column in all eight places. low: row 0; row g + 8 is

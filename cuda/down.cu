@@ -58,30 +58,6 @@ __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
 }
 
-template <class T, int AHEAD>
-wd_status launch_down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
-  const wd_moe_shape &s = args.shape;
-  return launch_shared<down_direct<T, AHEAD>>("down_direct", dim3((s.hidden + 15) / 16, (unsigned)s.tokens),
-                                              dim3(32 * s.top_k), s.top_k * direct_bytes<2, AHEAD>(), stream, dependent,
-                                              args, dependent);
-}
-
-// As far ahead as the shared memory of an SM allows to all blocks that it has to serve, if it can have them at once.
-template <class T> wd_status choose_down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
-  const wd_moe_shape &s = args.shape;
-  int sms, limit;
-  WD_TRY(multiprocessors(&sms));
-  WD_TRY(shared_memory_of_block(&limit));
-  const int64_t blocks = ((s.hidden + 15) / 16 * s.tokens + sms - 1) / sms; // of an SM
-  const auto fits = [&](size_t bytes, int64_t at_once) {
-    return (int64_t)(s.top_k * bytes + 2048) * at_once <= limit; // 2048: values, and what the system takes
-  };
-  if (fits(direct_bytes<2, 12>(), blocks)) return launch_down_direct<T, 12>(args, dependent, stream);
-  if (fits(direct_bytes<2, 6>(), blocks)) return launch_down_direct<T, 6>(args, dependent, stream);
-  if (fits(direct_bytes<2, 4>(), 1)) return launch_down_direct<T, 4>(args, dependent, stream);
-  return launch_down_direct<T, 2>(args, dependent, stream);
-}
-
 // 16 rows of one expert against 8*TILES routes by one warp.
 template <class T, int TILES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD>
 __device__ __forceinline__ void down_tile(const wd_down_args &args, const T *expert, int first_row,
@@ -176,7 +152,12 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   bool early_launch;
   WD_TRY(serves_dependent_launch(&early_launch));
   const bool dependent = behind_gate_up && early_launch;
-  if (schedule == WD_CUDA_DIRECT) return choose_down_direct<T>(args, dependent, stream);
+  if (schedule == WD_CUDA_DIRECT)
+    return choose_ahead<2>((s.hidden + 15) / 16 * s.tokens, s.top_k, [&](auto ahead) {
+      return launch_shared<down_direct<T, ahead>>("down_direct", dim3((s.hidden + 15) / 16, (unsigned)s.tokens),
+                                                  dim3(32 * s.top_k), s.top_k * direct_bytes<2, ahead>(), stream,
+                                                  dependent, args, dependent);
+    });
   RouteLists lists = {};
   const void *columns = nullptr;
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {

@@ -44,10 +44,10 @@ __device__ __forceinline__ void gate_up_tile(const wd_gate_up_args &args, const 
 }
 
 constexpr int kDirectWarps = 2, kGroupedWarps = 4; // of a block, each with neurons of its own
-constexpr int kDirectAhead = 8;                    // steps of weights on their way (direct.cuh)
 
 // grid (I / 16, routes), block 32 * kDirectWarps
-template <class T> __global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const wd_gate_up_args args) {
+template <class T, int AHEAD>
+__global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const wd_gate_up_args args) {
   extern __shared__ __align__(128) uint8_t rings[];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
@@ -58,8 +58,8 @@ template <class T> __global__ void __launch_bounds__(32 * kDirectWarps) gate_up_
   const T *gate = (const T *)args.gate_up_proj + ((int64_t)expert * 2 * s.intermediate + neuron) * (int64_t)s.hidden;
   const T *column = (const T *)args.hidden_states + route / s.top_k * s.hidden;
   float c[1][1][4];
-  direct_dot<T, 1, kDirectAhead>(c, gate, (int64_t)s.intermediate * s.hidden, true, column, 0, s.hidden,
-                                 rings + warp * direct_bytes<1, kDirectAhead>(), [] {});
+  direct_dot<T, 1, AHEAD>(c, gate, (int64_t)s.intermediate * s.hidden, true, column, 0, s.hidden,
+                          rings + warp * direct_bytes<1, AHEAD>(), [] {});
   if (lane % 4 != 0) return; // all columns are the same route
   T *out = (T *)args.intermediate + route * 2 * s.intermediate + neuron + lane / 4;
   split_intermediate<T>(activate(c[0][0][0], args.activation), c[0][0][2], out, out + s.intermediate);
@@ -94,9 +94,12 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
   const wd_moe_shape &s = args.shape;
   const int tiles = s.intermediate / 8;
   if (schedule == WD_CUDA_DIRECT)
-    return launch_shared<gate_up_direct<T>>(
-        "gate_up_direct", dim3((tiles + kDirectWarps - 1) / kDirectWarps, (unsigned)(s.tokens * s.top_k)),
-        dim3(32 * kDirectWarps), kDirectWarps * direct_bytes<1, kDirectAhead>(), stream, false, args);
+    return choose_ahead<1>(
+        (tiles + kDirectWarps - 1) / kDirectWarps * s.tokens * s.top_k, kDirectWarps, [&](auto ahead) {
+          return launch_shared<gate_up_direct<T, ahead>>(
+              "gate_up_direct", dim3((tiles + kDirectWarps - 1) / kDirectWarps, (unsigned)(s.tokens * s.top_k)),
+              dim3(32 * kDirectWarps), kDirectWarps * direct_bytes<1, ahead>(), stream, false, args);
+        });
   RouteLists lists = {};
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
     void *columns = (char *)args.scratch + sorted_routes_span(s); // where v of down will be

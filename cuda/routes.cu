@@ -2,8 +2,8 @@
 //
 //   offsets[e] = number of routes whose id is valid and below e;  routes[offsets[e] ..] = routes of e, ascending
 //
-// One block an expert reads all ids: E * T*K reads from L2, 10 to 40 us at 32768 routes, where the layer takes
-// milliseconds. No atomics and no order between blocks, so the lists are the same in every run.
+// One block an expert reads all ids: E * T*K reads from L2, for calls that take hundreds of microseconds. No atomics
+// and no order between blocks, so the lists are the same in every run.
 #include "arrange.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
@@ -47,20 +47,32 @@ __global__ void __launch_bounds__(kPrepareThreads)
     arrange_chunk(arrangement, (int64_t)(expert - experts) * kPrepareThreads + thread);
     return;
   }
-  int count = 0;
-  for (int route = thread; route < routes; route += blockDim.x) {
+  // A warp owns a run of the ids: it counts, learns what lies before it, and writes, without waiting for the others.
+  const int each = (routes + kPrepareThreads - 1) / kPrepareThreads * 32, begin = warp * each;
+  const int end = min(begin + each, routes);
+  int lower = 0, own = 0;
+#pragma unroll 8
+  for (int route = begin + lane; route < end; route += 32) {
     const int e = expert_of(ids, id_bytes, route, experts);
-    count += e >= 0 && e < expert;
+    lower += e >= 0 && e < expert, own += e == expert;
   }
-  count = __reduce_add_sync(~0u, count);
-  if (lane == 0) below[warp] = count;
+  lower = __reduce_add_sync(~0u, lower), own = __reduce_add_sync(~0u, own);
+  if (lane == 0) below[warp] = lower, mine[warp] = own;
   __syncthreads();
-  int offset = 0;
+  int offset = 0, place = 0, found = 0;
   for (int w = 0; w < kPrepareThreads / 32; w++)
-    offset += below[w];
+    offset += below[w], place += w < warp ? mine[w] : 0, found += mine[w];
   if (thread == 0) offsets[expert] = offset;
-  const int found = search_routes(ids, id_bytes, routes, expert, experts, lists + offset, mine);
   if (thread == 0 && expert == experts - 1) offsets[experts] = offset + found;
+  place += offset;
+  if (own == 0) return;
+#pragma unroll 8
+  for (int base = begin; base < end; base += 32) {
+    const bool match = base + lane < end && expert_of(ids, id_bytes, base + lane, experts) == expert;
+    const unsigned votes = __ballot_sync(~0u, match);
+    if (match) lists[place + __popc(votes & ((1u << lane) - 1))] = base + lane;
+    place += __popc(votes);
+  }
 }
 
 size_t sorted_routes_bytes(const wd_moe_shape &s) {

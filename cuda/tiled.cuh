@@ -35,8 +35,9 @@ struct TiledSizes {
   static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
   // what is left for a producing thread
   static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
-  // One matrix row of all columns, and 16 bytes more: copies of neighbouring pieces then lie in different banks.
-  static constexpr int kMatrixBytes = COLUMNS * 16 + 16;
+  // One matrix row of all columns. A matrix, eight of these, must lie within a line of the banks: padded by 16 bytes,
+  // as would suit the copies, wgmma ran at half its speed.
+  static constexpr int kMatrixBytes = COLUMNS * 16;
   static constexpr int kColumnBytes = kStep / 8 * kMatrixBytes;           // of one step
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
@@ -163,11 +164,11 @@ template <class T, class Sizes, class Op>
 __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
                                         TiledShared<Sizes> &shared) {
   constexpr int ROUTES = Sizes::kColumns / Op::kParts;
-  constexpr int STRIDE = 4 * Sizes::kProducers; // columns that the producers copy at once: 8 lanes a column
-  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, own = thread / 8;
+  constexpr int STRIDE = 8 * Sizes::kProducers; // columns that the producers copy at once: 4 lanes a column and chunk
+  const int thread = threadIdx.x - Sizes::kMultiplyingThreads, own = thread / 4, piece = thread % 4;
   const int steps = steps_of(op.length()), pitch = arranged(op.length());
-  const uint32_t target = shared_address(shared.columns) + thread % 8 * Sizes::kMatrixBytes;
-  const T *source = op.columns() + thread % 8 * 8;
+  const uint32_t target = shared_address(shared.columns) + piece * Sizes::kMatrixBytes;
+  const T *source = op.columns() + piece * 8;
   Walk<Sizes, ROUTES> walk(shared, plan, s.experts);
   Item item;
   if (plan.dependent) wait_for_previous_grid();
@@ -184,13 +185,15 @@ __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, con
     }
     producers_meet<Sizes>();
     for (int step = 0; step < steps; step++) {
-      const bool within = step * kStep + thread % 8 * 8 < pitch;
+      const bool both = step * kStep + kChunk < pitch; // chunks
       barrier_wait(&shared.empty[stage], round);
 #pragma unroll 4
       for (int column = own; column < columns; column += STRIDE) {
         const int row = shared.rows[place][column];
-        copy_ahead(target + stage * Sizes::kColumnBytes + column * 16,
-                   source + (int64_t)max(row, 0) * pitch + step * kStep, row >= 0 && within);
+        const uint32_t place = target + stage * Sizes::kColumnBytes + column * 16;
+        const T *p = source + (int64_t)max(row, 0) * pitch + step * kStep;
+        copy_ahead(place, p, row >= 0);
+        copy_ahead(place + 4 * Sizes::kMatrixBytes, p + kChunk, row >= 0 && both);
       }
       arrive_with_copies(&shared.full[stage]);
       if (++stage == Sizes::kStages) stage = 0, round ^= 1;
@@ -268,12 +271,6 @@ template <class T, class Sizes, class Op> struct WeightStream {
   }
 };
 
-template <bool VALUE> struct Constant {
-  __device__ constexpr operator bool() const {
-    return VALUE;
-  }
-};
-
 // One item: c[half][tile] = rows . columns, as the stages come.
 template <class T, class Sizes, int TILES, class Stream>
 __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weights, TiledShared<Sizes> &shared,
@@ -286,14 +283,14 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
 #pragma unroll
       for (int i = 0; i < 4; i++)
         c[half][tile][i] = 0.0f;
-  auto product = [&](auto both) {
+  auto product = [&](auto present) {
     uint4 a[2][2][2];
     weights.take(a);
     barrier_wait(&shared.full[stage], round);
     fence_for_wgmma();
     wgmma_fence();
 #pragma unroll
-    for (int chunk = 0; chunk < (both ? 2 : 1); chunk++) {
+    for (int chunk = 0; chunk < present; chunk++) {
       const uint32_t columns = base + stage * Sizes::kColumnBytes + 4 * chunk * Sizes::kMatrixBytes;
       const uint64_t first = columns_descriptor(columns, Sizes::kMatrixBytes);
       const uint64_t second = columns_descriptor(columns + 2 * Sizes::kMatrixBytes, Sizes::kMatrixBytes);
@@ -312,9 +309,9 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
     if (++stage == Sizes::kStages) stage = 0, round ^= 1;
   };
   for (int step = 0; step < chunks / 2; step++)
-    product(Constant<true>());
+    product(Constant<2>());
   // half a step: a product of zeros instead could turn a sum of -0 into +0
-  if (chunks % 2 != 0) product(Constant<false>());
+  if (chunks % 2 != 0) product(Constant<1>());
 }
 
 // The whole block. Op says what a row, a column and a result are:
