@@ -57,23 +57,14 @@ template <> struct Element<f16> {
 
 // ---- loads ----------------------------------------------------------------------------------------------------------
 
-// 16 bytes of weights, read once: past L1, with a hint that the next 256 bytes follow. Zero where !valid. One asm block
+// 16 bytes of weights, read once: past L1. Zero where !valid. One asm block
 // with a predicate: a branch around the load would let the assembler sink it behind the wait for its neighbours.
 __device__ __forceinline__ uint4 load_weights(const void *p, bool valid) {
   uint4 v;
   asm volatile("{ .reg .pred q; setp.ne.u32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-               "  @q ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+               "  @q ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p), "r"((unsigned)valid));
-  return v;
-}
-
-// The same without a predicate, for addresses that can always be read.
-__device__ __forceinline__ uint4 load_weights_always(const void *p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
   return v;
 }
 

@@ -66,7 +66,7 @@ template <class T> struct Down {
 };
 
 template <class T, class Sizes>
-__global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
+__global__ void __launch_bounds__(Sizes::kThreads, 1)
     down_tiled_kernel(const __grid_constant__ wd_down_args args, const __grid_constant__ TiledPlan plan,
                       const void *columns) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

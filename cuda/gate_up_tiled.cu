@@ -72,7 +72,7 @@ template <class T> struct GateUp {
 };
 
 template <class T, class Sizes>
-__global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
+__global__ void __launch_bounds__(Sizes::kThreads, 1)
     gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan,
                          const void *columns, bool arranges) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -24,14 +24,14 @@ constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 // The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
 // columns, each a part of every step. WEIGHTS_AHEAD, COLUMNS_AHEAD: steps of weights and of columns on their way or
 // ready. REGISTERS: of a multiplying thread.
-template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int REGISTERS>
+template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int REGISTERS, bool STAYS>
 struct TiledSizes {
   static constexpr int kMultipliers = MULTIPLIERS, kColumns = COLUMNS, kProducers = PRODUCERS,
                        kWeightsAhead = WEIGHTS_AHEAD, kStages = COLUMNS_AHEAD, kRegisters = REGISTERS;
   static constexpr int kMultiplyingThreads = kWarpgroup * MULTIPLIERS;
   static constexpr int kThreads = kMultiplyingThreads + 32 * PRODUCERS;
-  static constexpr int kBlocks = MULTIPLIERS == 1 ? 2 : 1; // of an SM
-  static constexpr int kLaunchRegisters = 65536 / kBlocks / kThreads / 8 * 8;
+  static constexpr bool kStays = STAYS; // blocks walk over items, else a block an item
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
   // what is left for a producing thread
   static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
@@ -42,8 +42,8 @@ struct TiledSizes {
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
 };
-using FewRoutes = TiledSizes<1, 64, 2, 4, 5, 160>;
-using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232>;
+using FewRoutes = TiledSizes<2, 64, 4, 4, 6, 208, false>;
+using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232, true>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -380,7 +380,7 @@ template <class Sizes> wd_status tiled_grid(const wd_moe_shape &s, int units, in
   WD_TRY(multiprocessors(&blocks));
   const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
   const int64_t items = (units + Sizes::kMultipliers - 1) / Sizes::kMultipliers * (lists + routes / routes_per_item);
-  *grid = dim3((unsigned)(Sizes::kMultipliers == 1 || items < blocks ? items : blocks));
+  *grid = dim3((unsigned)(!Sizes::kStays || items < blocks ? items : blocks));
   return WD_OK;
 }
 
