@@ -57,27 +57,9 @@ template <> struct Element<f16> {
 
 // ---- loads ----------------------------------------------------------------------------------------------------------
 
-// 16 bytes of weights, read once: past L1. Zero where !valid. One asm block
-// with a predicate: a branch around the load would let the assembler sink it behind the wait for its neighbours.
-__device__ __forceinline__ uint4 load_weights(const void *p, bool valid) {
-  uint4 v;
-  asm volatile("{ .reg .pred q; setp.ne.u32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-               "  @q ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p), "r"((unsigned)valid));
-  return v;
-}
-
-// 16 bytes of activations, which every warp of the block reads again: kept in L1. Not .nc: under programmatic dependent
-// launch the intermediate is written while this grid already runs.
-__device__ __forceinline__ uint4 load_activations(const void *p, bool valid) {
-  uint4 v;
-  asm volatile("{ .reg .pred q; setp.ne.u32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-               "  @q ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p), "r"((unsigned)valid)
-               : "memory");
-  return v;
+// 16 bytes; zeros, and nothing is read, where !valid.
+__device__ __forceinline__ uint4 load_valid(const void *p, bool valid) {
+  return valid ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
 }
 
 // ---- programmatic dependent launch ----------------------------------------------------------------------------------
@@ -95,80 +77,12 @@ __device__ __forceinline__ void allow_next_grid() {
 #endif
 }
 
-// ---- the streamed dot product ---------------------------------------------------------------------------------------
+// ---- rows in chunks
+// --------------------------------------------------------------------------------------------------
 
-// Chunks of a row of `length` values, and the first chunk that is beyond it for the lane with t = lane % 4: length is a
-// multiple of 8, not of 32, so that in the last chunk some lanes' eight values lie beyond the row.
+// Chunks of a row of `length` values.
 __device__ __forceinline__ int chunks_of(int length) {
   return (length + kChunk - 1) / kChunk;
-}
-__device__ __forceinline__ int lane_limit(int length, int t) {
-  return (length - 8 * t + kChunk - 1) / kChunk;
-}
-
-// One warp: c[part][tile] = rows (16) . columns (8 per tile). Lane (g = lane / 4, t = lane % 4) reads rows g and g + 8
-// and column g of each tile; row and column pointers are the lane's own, 8t included. c[..][0,1]: row g, columns 2t,
-// 2t+1; c[..][2,3]: row g + 8. WEIGHTS_AHEAD chunks of weights are in flight, COLUMNS_AHEAD of activations.
-// before_columns() runs between the first loads of weights and the first of activations: the place for
-// wait_for_previous_grid().
-template <class T, int TILES, int PARTS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, class Before>
-__device__ __forceinline__ void stream_dot(float (&c)[PARTS][TILES][4], const T *row_low, const T *row_high,
-                                           const T *const (&column)[TILES], int64_t part_stride, int length,
-                                           Before before_columns) {
-  static_assert(WEIGHTS_AHEAD % COLUMNS_AHEAD == 0, "the unrolled body uses compile-time slots only");
-  uint4 a[WEIGHTS_AHEAD][2], b[COLUMNS_AHEAD][PARTS][TILES];
-  const int chunks = chunks_of(length), limit = lane_limit(length, threadIdx.x % 4);
-  auto load_a = [&](int slot, int chunk) {
-    const bool valid = chunk < limit;
-    a[slot][0] = load_weights(row_low + (int64_t)chunk * kChunk, valid);
-    a[slot][1] = load_weights(row_high + (int64_t)chunk * kChunk, valid);
-  };
-  auto load_b = [&](int slot, int chunk) {
-    const bool valid = chunk < limit;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int part = 0; part < PARTS; part++)
-        b[slot][part][tile] = load_activations(column[tile] + part * part_stride + (int64_t)chunk * kChunk, valid);
-  };
-#pragma unroll
-  for (int i = 0; i < WEIGHTS_AHEAD; i++)
-    load_a(i, i);
-  before_columns();
-#pragma unroll
-  for (int i = 0; i < COLUMNS_AHEAD; i++)
-    load_b(i, i);
-#pragma unroll
-  for (int part = 0; part < PARTS; part++)
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        c[part][tile][i] = 0.0f;
-  for (int chunk = 0; chunk < chunks; chunk += WEIGHTS_AHEAD) {
-#pragma unroll
-    for (int i = 0; i < WEIGHTS_AHEAD; i++) {
-      const int j = i % COLUMNS_AHEAD;
-      if (chunk + i < chunks) { // a product of zeros could turn a sum of -0 into +0: bits must not hang on unrolling
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-          for (int part = 0; part < PARTS; part++) {
-            const uint4 &v = b[j][part][tile];
-            Element<T>::mma(c[part][tile], a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y, v.x, v.y);
-          }
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-          for (int part = 0; part < PARTS; part++) {
-            const uint4 &v = b[j][part][tile];
-            Element<T>::mma(c[part][tile], a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w, v.z, v.w);
-          }
-      }
-      load_a(i, chunk + i + WEIGHTS_AHEAD);
-      load_b(j, chunk + i + COLUMNS_AHEAD);
-    }
-  }
 }
 
 // ---- the intermediate in two parts ----------------------------------------------------------------------------------

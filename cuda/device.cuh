@@ -18,6 +18,11 @@ inline bool few_routes(const wd_moe_shape &s) {
   return s.tokens * s.top_k <= 24 * (int64_t)s.experts;
 }
 
+// Whether an expert has on average at most so many routes.
+inline bool routes_an_expert(const wd_moe_shape &s, int64_t most) {
+  return s.tokens * s.top_k <= most * s.experts;
+}
+
 // Blocks that share one expert's list of routes: 1 while decoding (each expert is read once), more for long lists, so
 // that an expert with many tokens does not keep one row of blocks busy alone.
 inline unsigned list_splits(const wd_moe_shape &s) {

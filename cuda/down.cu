@@ -9,12 +9,14 @@
 //
 // direct:  a block serves 16 rows of one token, a warp a slot, combined in shared memory: one launch, nothing written
 //          but the output.
-// grouped: a block serves 64 rows of one expert, 16 a warp, for all its routes, 8 or 16 at a time, and writes v[t,k,h]
-//          in FP32 to scratch (it stays in L2); combine_slots adds them up.
+// grouped: a block serves 128 rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
+//          to scratch (it stays in L2); combine_slots adds them up.
+// tiled:   down_tiled.cu, and combine_slots.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
 #include "arrange.cuh"
 #include "device.cuh"
 #include "direct.cuh"
+#include "grouped.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
@@ -58,64 +60,71 @@ __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
 }
 
-// 16 rows of one expert against 8*TILES routes by one warp.
-template <class T, int TILES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD>
-__device__ __forceinline__ void down_tile(const wd_down_args &args, const T *expert, int first_row,
-                                          const int32_t *routes, int count, bool wait) {
+// The block's 128 rows of one expert against 8*TILES routes.
+template <class T, int TILES, int AHEAD>
+__device__ __forceinline__ void down_routes(const wd_down_args &args, const T *expert, const int32_t *routes, int count,
+                                            uint32_t ring, int slot_bytes, bool wait) {
   const wd_moe_shape &s = args.shape;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int row = first_row + g; // rows past H repeat the last one; they are never stored
-  const T *row_low = expert + (int64_t)min(row, s.hidden - 1) * s.intermediate + 8 * t;
-  const T *row_high = expert + (int64_t)min(row + 8, s.hidden - 1) * s.intermediate + 8 * t;
-  const T *column[TILES];
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
-    column[tile] =
-        (const T *)args.intermediate + (int64_t)routes[min(8 * tile + g, count - 1)] * 2 * s.intermediate + 8 * t;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = (blockIdx.x * kGroupedWarps + warp) * 16, row = first_row + lane / 4;
   float c[2][TILES][4];
-  stream_dot<T, TILES, 2, WEIGHTS_AHEAD, COLUMNS_AHEAD>(c, row_low, row_high, column, s.intermediate, s.intermediate,
-                                                        [&] {
-                                                          if (wait) wait_for_previous_grid();
-                                                        });
+  block_dot<T, TILES, 2, AHEAD>(
+      c, expert + (int64_t)first_row * s.intermediate, 8 * (int64_t)s.intermediate, s.hidden - first_row,
+      [&](int i, int part) {
+        return i < count ? (const T *)args.intermediate + ((int64_t)routes[i] * 2 + part) * s.intermediate : nullptr;
+      },
+      s.intermediate, ring, slot_bytes,
+      [&] {
+        if (wait) wait_for_previous_grid();
+      });
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const int column_index = 8 * tile + 2 * t + j;
-      if (column_index >= count) continue;
-      float *out = down_values(args) + (int64_t)routes[column_index] * s.hidden + row;
+      const int column = 8 * tile + lane % 4 * 2 + j;
+      if (column >= count) continue;
+      float *out = down_values(args) + (int64_t)routes[column] * s.hidden + row;
       if (row < s.hidden) out[0] = join_parts<T>(c[0][tile][j], c[1][tile][j]);
       if (row + 8 < s.hidden) out[8] = join_parts<T>(c[0][tile][2 + j], c[1][tile][2 + j]);
     }
 }
 
-constexpr int kRowWarps = 4; // warps of a grouped block, each with 16 rows of its own
-
-// grid (H / 64, experts, splits of long lists), block 32 * kRowWarps; scratch: v[T*K, H]
-template <class T>
-__global__ void __launch_bounds__(32 * kRowWarps, 4)
+// grid (H / 128, experts, splits of long lists), block kGroupedThreads; scratch: v[T*K, H]
+template <class T, int MAX_TILES, int AHEAD>
+__global__ void __launch_bounds__(kGroupedThreads, 2)
     down_grouped(const wd_down_args args, RouteLists lists, bool dependent) {
-  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kRowWarps];
+  extern __shared__ __align__(128) uint8_t ring[];
+  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kGroupedWarps];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
   const int32_t *routes;
   const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
   const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate;
-  const int first_row = (blockIdx.x * kRowWarps + threadIdx.x / 32) * 16;
+  constexpr int kColumns = 8 * MAX_TILES, kSlotBytes = grouped_slot_bytes(2 * kColumns);
+  const uint32_t shared = shared_address(ring);
   bool wait = dependent;
-  for (int first = 16 * blockIdx.z; first < count; first += 16 * gridDim.z) {
-    const int left = min(16, count - first);
-    if (left > 8) {
-      down_tile<T, 2, 2, 2>(args, weights, first_row, routes + first, left, wait);
-    } else {
-      down_tile<T, 1, 4, 2>(args, weights, first_row, routes + first, left, wait);
-    }
+  for (int first = kColumns * blockIdx.z; first < count; first += kColumns * gridDim.z) {
+    const int left = min(kColumns, count - first);
+    if (MAX_TILES > 2 && left > 16)
+      down_routes<T, MAX_TILES, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes, wait);
+    else if (MAX_TILES > 1 && left > 8)
+      down_routes < T, MAX_TILES<2 ? 1 : 2, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes, wait);
+    else
+      down_routes<T, 1, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes, wait);
     wait = false;
   }
   // One block always waits, work or not, so that the end of this grid implies the end of gate_up for whatever follows.
   // The other empty blocks leave at once: waiting, they would keep the SMs from those that have weights to load.
   if (wait && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_grid();
+}
+
+template <class T, int MAX_TILES, int AHEAD>
+wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  return launch_shared<down_grouped<T, MAX_TILES, AHEAD>>(
+      "down_grouped", dim3((s.hidden + kGroupedRows - 1) / kGroupedRows, s.experts, list_splits(s)),
+      dim3(kGroupedThreads), AHEAD * grouped_slot_bytes(16 * MAX_TILES), stream, dependent, args, lists, dependent);
 }
 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8)
@@ -172,9 +181,9 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   if (schedule == WD_CUDA_TILED)
     WD_TRY(down_tiled(args, lists, columns, dependent, stream));
   else
-    WD_TRY(launch("down_grouped", down_grouped<T>,
-                  dim3((s.hidden + 16 * kRowWarps - 1) / (16 * kRowWarps), s.experts, list_splits(s)),
-                  dim3(32 * kRowWarps), 0, stream, dependent, args, lists, dependent));
+    WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, 1, 4>(args, lists, dependent, stream))
+           : routes_an_expert(s, 6) ? (launch_grouped<T, 2, 4>(args, lists, dependent, stream))
+                                    : (launch_grouped<T, 4, 3>(args, lists, dependent, stream)));
   const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
   return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);
 }

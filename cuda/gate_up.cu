@@ -7,43 +7,18 @@
 // once per block that serves the expert; activations come from L1 and L2.
 //
 // direct:  a warp serves one route; nothing is looked up but its id. For few tokens, where experts are hardly shared.
-// grouped: a warp serves all routes of one expert, 8, 16 or 32 at a time; each expert is read once (per 32 routes).
+// grouped: a block serves all routes of one expert, 8, 16 or 32 at a time; each expert is read once (per 16 or 32).
+// tiled:   gate_up_tiled.cu.
 #include "activation.cuh"
 #include "device.cuh"
 #include "direct.cuh"
+#include "grouped.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
 namespace wd {
 
-// 8 neurons against 8*TILES routes. routes: the list, `count` of it valid (>= 1).
-template <class T, int TILES, int WEIGHTS_AHEAD, int COLUMNS_AHEAD>
-__device__ __forceinline__ void gate_up_tile(const wd_gate_up_args &args, const T *expert, int neuron,
-                                             const int32_t *routes, int count) {
-  const wd_moe_shape &s = args.shape;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const T *gate = expert + (int64_t)(neuron + g) * s.hidden + 8 * t;
-  const T *up = gate + (int64_t)s.intermediate * s.hidden;
-  const T *column[TILES];
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++) { // columns past the list repeat its last route; they are never stored
-    const int32_t route = routes[min(8 * tile + g, count - 1)];
-    column[tile] = (const T *)args.hidden_states + (int64_t)(route / s.top_k) * s.hidden + 8 * t;
-  }
-  float c[1][TILES][4];
-  stream_dot<T, TILES, 1, WEIGHTS_AHEAD, COLUMNS_AHEAD>(c, gate, up, column, 0, s.hidden, [] {});
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int column_index = 8 * tile + 2 * t + j;
-      if (column_index >= count) continue;
-      T *out = (T *)args.intermediate + (int64_t)routes[column_index] * 2 * s.intermediate + neuron + g;
-      split_intermediate<T>(activate(c[0][tile][j], args.activation), c[0][tile][2 + j], out, out + s.intermediate);
-    }
-}
-
-constexpr int kDirectWarps = 2, kGroupedWarps = 4; // of a block, each with neurons of its own
+constexpr int kDirectWarps = 2; // of a block, each with neurons of its own
 
 // grid (I / 16, routes), block 32 * kDirectWarps
 template <class T, int AHEAD>
@@ -65,28 +40,62 @@ __global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const wd_gat
   split_intermediate<T>(activate(c[0][0][0], args.activation), c[0][0][2], out, out + s.intermediate);
 }
 
-// grid (I / 32, experts, splits of long lists), block 32 * kGroupedWarps
-template <class T>
-__global__ void __launch_bounds__(32 * kGroupedWarps, 4) gate_up_grouped(const wd_gate_up_args args, RouteLists lists) {
+// The block's 64 neurons against 8*TILES routes. routes: the list, `count` of it valid (>= 1).
+template <class T, int TILES, int AHEAD>
+__device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, const T *expert, const int32_t *routes,
+                                               int count, uint32_t ring, int slot_bytes) {
+  const wd_moe_shape &s = args.shape;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int neuron = (blockIdx.x * kGroupedWarps + warp) * 8;
+  float c[1][TILES][4];
+  block_dot<T, TILES, 1, AHEAD>(
+      c, expert + (int64_t)neuron * s.hidden, (int64_t)s.intermediate * s.hidden, neuron < s.intermediate ? 16 : 0,
+      [&](int i, int) {
+        return i < count ? (const T *)args.hidden_states + (int64_t)(routes[i] / s.top_k) * s.hidden : nullptr;
+      },
+      s.hidden, ring, slot_bytes, [] {});
+  if (neuron >= s.intermediate) return;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int column = 8 * tile + lane % 4 * 2 + j;
+      if (column >= count) continue;
+      T *out = (T *)args.intermediate + (int64_t)routes[column] * 2 * s.intermediate + neuron + lane / 4;
+      split_intermediate<T>(activate(c[0][tile][j], args.activation), c[0][tile][2 + j], out, out + s.intermediate);
+    }
+}
+
+// grid (I / 64, experts, splits of long lists), block kGroupedThreads
+template <class T, int MAX_TILES, int AHEAD>
+__global__ void __launch_bounds__(kGroupedThreads, 2) gate_up_grouped(const wd_gate_up_args args, RouteLists lists) {
+  extern __shared__ __align__(128) uint8_t ring[];
   __shared__ int32_t searched[kSearchedRoutes], warp_counts[kGroupedWarps];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
   const int32_t *routes;
   const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
-  const int neuron = (blockIdx.x * kGroupedWarps + threadIdx.x / 32) * 8;
-  if (neuron >= s.intermediate) return;
   const T *weights = (const T *)args.gate_up_proj + (int64_t)expert * 2 * s.intermediate * s.hidden;
-  for (int first = 32 * blockIdx.z; first < count; first += 32 * gridDim.z) {
-    const int left = min(32, count - first);
-    if (left > 16) {
-      gate_up_tile<T, 4, 2, 2>(args, weights, neuron, routes + first, left);
-    } else if (left > 8) {
-      gate_up_tile<T, 2, 4, 2>(args, weights, neuron, routes + first, left);
-    } else {
-      gate_up_tile<T, 1, 4, 4>(args, weights, neuron, routes + first, left);
-    }
+  constexpr int kColumns = 8 * MAX_TILES, kSlotBytes = grouped_slot_bytes(kColumns);
+  const uint32_t shared = shared_address(ring);
+  for (int first = kColumns * blockIdx.z; first < count; first += kColumns * gridDim.z) {
+    const int left = min(kColumns, count - first);
+    if (MAX_TILES > 2 && left > 16)
+      gate_up_routes<T, MAX_TILES, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes);
+    else if (MAX_TILES > 1 && left > 8)
+      gate_up_routes < T, MAX_TILES<2 ? 1 : 2, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes);
+    else
+      gate_up_routes<T, 1, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes);
   }
+}
+
+template <class T, int MAX_TILES, int AHEAD>
+wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  return launch_shared<gate_up_grouped<T, MAX_TILES, AHEAD>>(
+      "gate_up_grouped", dim3((s.intermediate / 8 + kGroupedWarps - 1) / kGroupedWarps, s.experts, list_splits(s)),
+      dim3(kGroupedThreads), AHEAD * grouped_slot_bytes(8 * MAX_TILES), stream, false, args, lists);
 }
 
 template <class T>
@@ -108,9 +117,10 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
     lists = sorted_routes(s, args.scratch);
     if (schedule == WD_CUDA_TILED) return gate_up_tiled(args, lists, columns, down_follows, stream);
   }
-  return launch("gate_up_grouped", gate_up_grouped<T>,
-                dim3((tiles + kGroupedWarps - 1) / kGroupedWarps, s.experts, list_splits(s)), dim3(32 * kGroupedWarps),
-                0, stream, false, args, lists);
+  // the ring as deep as two or three blocks an SM leave room for
+  if (routes_an_expert(s, 2)) return launch_grouped<T, 1, 4>(args, lists, stream);
+  if (routes_an_expert(s, 6)) return launch_grouped<T, 2, 5>(args, lists, stream);
+  return launch_grouped<T, 4, 4>(args, lists, stream);
 }
 
 } // namespace wd

@@ -28,7 +28,7 @@ __device__ __forceinline__ void arrange_chunk(const Arrangement &a, int64_t inde
   uint4 piece[4];
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    piece[i] = load_activations(source + 8 * i, chunk * kChunk + 8 * i < a.length);
+    piece[i] = load_valid(source + 8 * i, chunk * kChunk + 8 * i < a.length);
   uint4 *target = (uint4 *)a.target + index * 4;
   target[0] = make_uint4(piece[0].x, piece[1].x, piece[2].x, piece[3].x);
   target[1] = make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y);

@@ -6,7 +6,7 @@ namespace wd {
 
 // Up to this many routes every block finds its expert's routes itself: the search costs less than a kernel that would
 // have to end before the first weight is read. Above, sort_routes runs first.
-constexpr int kSearchedRoutes = 2048;
+constexpr int kSearchedRoutes = 1024;
 
 inline bool needs_lists(const wd_moe_shape &s) {
   return s.tokens * s.top_k > kSearchedRoutes;
