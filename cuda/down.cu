@@ -9,7 +9,7 @@
 //
 // direct:  a block serves 16 rows of one token, a warp a slot, combined in shared memory: one launch, nothing written
 //          but the output.
-// grouped: a block serves 128 rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
+// grouped: a block serves rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
 //          to scratch (it stays in L2); combine_slots adds them up.
 // tiled:   down_tiled.cu, and combine_slots.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
@@ -60,20 +60,20 @@ __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
 }
 
-// The block's 128 rows of one expert against 8*TILES routes.
-template <class T, int TILES, int AHEAD>
+// The block's rows (16 a warp) of one expert against 8*TILES routes.
+template <class T, class Sizes, int TILES>
 __device__ __forceinline__ void down_routes(const wd_down_args &args, const T *expert, const int32_t *routes, int count,
-                                            uint32_t ring, int slot_bytes, bool wait) {
+                                            uint32_t ring, bool wait) {
   const wd_moe_shape &s = args.shape;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = (blockIdx.x * kGroupedWarps + warp) * 16, row = first_row + lane / 4;
+  const int first_row = (blockIdx.x * Sizes::kWarps + warp) * 16, row = first_row + lane / 4;
   float c[2][TILES][4];
-  block_dot<T, TILES, 2, AHEAD>(
+  block_dot<T, Sizes, TILES, 2>(
       c, expert + (int64_t)first_row * s.intermediate, 8 * (int64_t)s.intermediate, s.hidden - first_row,
       [&](int i, int part) {
         return i < count ? (const T *)args.intermediate + ((int64_t)routes[i] * 2 + part) * s.intermediate : nullptr;
       },
-      s.intermediate, ring, slot_bytes,
+      s.intermediate, ring,
       [&] {
         if (wait) wait_for_previous_grid();
       });
@@ -89,29 +89,28 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, const T *e
     }
 }
 
-// grid (H / 128, experts, splits of long lists), block kGroupedThreads; scratch: v[T*K, H]
-template <class T, int MAX_TILES, int AHEAD>
-__global__ void __launch_bounds__(kGroupedThreads, 2)
+// grid (H / (16 * warps), experts, splits of long lists), block Sizes::kThreads; scratch: v[T*K, H]
+template <class T, class Sizes>
+__global__ void __launch_bounds__(Sizes::kThreads, 2)
     down_grouped(const wd_down_args args, RouteLists lists, bool dependent) {
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kGroupedWarps];
+  __shared__ int32_t searched[kSearchedRoutes], warp_counts[Sizes::kWarps];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
   const int32_t *routes;
   const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
   const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate;
-  constexpr int kColumns = 8 * MAX_TILES, kSlotBytes = grouped_slot_bytes(2 * kColumns);
   const uint32_t shared = shared_address(ring);
   bool wait = dependent;
-  for (int first = kColumns * blockIdx.z; first < count; first += kColumns * gridDim.z) {
-    const int left = min(kColumns, count - first);
-    if (MAX_TILES > 2 && left > 16)
-      down_routes<T, MAX_TILES, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes, wait);
-    else if (MAX_TILES > 1 && left > 8)
-      down_routes < T, MAX_TILES<2 ? 1 : 2, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes, wait);
+  for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
+    const int left = min(Sizes::kRoutes, count - first);
+    if (Sizes::kTiles > 2 && left > 16)
+      down_routes<T, Sizes, Sizes::kTiles>(args, weights, routes + first, left, shared, wait);
+    else if (Sizes::kTiles > 1 && left > 8)
+      down_routes<T, Sizes, Sizes::kMiddleTiles>(args, weights, routes + first, left, shared, wait);
     else
-      down_routes<T, 1, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes, wait);
+      down_routes<T, Sizes, 1>(args, weights, routes + first, left, shared, wait);
     wait = false;
   }
   // One block always waits, work or not, so that the end of this grid implies the end of gate_up for whatever follows.
@@ -119,12 +118,12 @@ __global__ void __launch_bounds__(kGroupedThreads, 2)
   if (wait && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_grid();
 }
 
-template <class T, int MAX_TILES, int AHEAD>
+template <class T, class Sizes>
 wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  return launch_shared<down_grouped<T, MAX_TILES, AHEAD>>(
-      "down_grouped", dim3((s.hidden + kGroupedRows - 1) / kGroupedRows, s.experts, list_splits(s)),
-      dim3(kGroupedThreads), AHEAD * grouped_slot_bytes(16 * MAX_TILES), stream, dependent, args, lists, dependent);
+  return launch_shared<down_grouped<T, Sizes>>(
+      "down_grouped", dim3((s.hidden + Sizes::kRows - 1) / Sizes::kRows, s.experts, list_splits(s)),
+      dim3(Sizes::kThreads), Sizes::kAhead * Sizes::slot_bytes(2), stream, dependent, args, lists, dependent);
 }
 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8)
@@ -181,9 +180,9 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   if (schedule == WD_CUDA_TILED)
     WD_TRY(down_tiled(args, lists, columns, dependent, stream));
   else
-    WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, 1, 4>(args, lists, dependent, stream))
-           : routes_an_expert(s, 6) ? (launch_grouped<T, 2, 4>(args, lists, dependent, stream))
-                                    : (launch_grouped<T, 4, 3>(args, lists, dependent, stream)));
+    WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, GroupedSizes<4, 1, 6>>(args, lists, dependent, stream))
+           : routes_an_expert(s, 6) ? (launch_grouped<T, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream))
+                                    : (launch_grouped<T, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream)));
   const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
   return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);
 }

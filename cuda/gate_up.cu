@@ -40,20 +40,20 @@ __global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const wd_gat
   split_intermediate<T>(activate(c[0][0][0], args.activation), c[0][0][2], out, out + s.intermediate);
 }
 
-// The block's 64 neurons against 8*TILES routes. routes: the list, `count` of it valid (>= 1).
-template <class T, int TILES, int AHEAD>
+// The block's neurons (8 a warp) against 8*TILES routes. routes: the list, `count` of it valid (>= 1).
+template <class T, class Sizes, int TILES>
 __device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, const T *expert, const int32_t *routes,
-                                               int count, uint32_t ring, int slot_bytes) {
+                                               int count, uint32_t ring) {
   const wd_moe_shape &s = args.shape;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int neuron = (blockIdx.x * kGroupedWarps + warp) * 8;
+  const int neuron = (blockIdx.x * Sizes::kWarps + warp) * 8;
   float c[1][TILES][4];
-  block_dot<T, TILES, 1, AHEAD>(
+  block_dot<T, Sizes, TILES, 1>(
       c, expert + (int64_t)neuron * s.hidden, (int64_t)s.intermediate * s.hidden, neuron < s.intermediate ? 16 : 0,
       [&](int i, int) {
         return i < count ? (const T *)args.hidden_states + (int64_t)(routes[i] / s.top_k) * s.hidden : nullptr;
       },
-      s.hidden, ring, slot_bytes, [] {});
+      s.hidden, ring, [] {});
   if (neuron >= s.intermediate) return;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
@@ -66,36 +66,35 @@ __device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, cons
     }
 }
 
-// grid (I / 64, experts, splits of long lists), block kGroupedThreads
-template <class T, int MAX_TILES, int AHEAD>
-__global__ void __launch_bounds__(kGroupedThreads, 2) gate_up_grouped(const wd_gate_up_args args, RouteLists lists) {
+// grid (I / (8 * warps), experts, splits of long lists), block Sizes::kThreads
+template <class T, class Sizes>
+__global__ void __launch_bounds__(Sizes::kThreads, 2) gate_up_grouped(const wd_gate_up_args args, RouteLists lists) {
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ int32_t searched[kSearchedRoutes], warp_counts[kGroupedWarps];
+  __shared__ int32_t searched[kSearchedRoutes], warp_counts[Sizes::kWarps];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int expert = blockIdx.y;
   const int32_t *routes;
   const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
   const T *weights = (const T *)args.gate_up_proj + (int64_t)expert * 2 * s.intermediate * s.hidden;
-  constexpr int kColumns = 8 * MAX_TILES, kSlotBytes = grouped_slot_bytes(kColumns);
   const uint32_t shared = shared_address(ring);
-  for (int first = kColumns * blockIdx.z; first < count; first += kColumns * gridDim.z) {
-    const int left = min(kColumns, count - first);
-    if (MAX_TILES > 2 && left > 16)
-      gate_up_routes<T, MAX_TILES, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes);
-    else if (MAX_TILES > 1 && left > 8)
-      gate_up_routes < T, MAX_TILES<2 ? 1 : 2, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes);
+  for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
+    const int left = min(Sizes::kRoutes, count - first);
+    if (Sizes::kTiles > 2 && left > 16)
+      gate_up_routes<T, Sizes, Sizes::kTiles>(args, weights, routes + first, left, shared);
+    else if (Sizes::kTiles > 1 && left > 8)
+      gate_up_routes<T, Sizes, Sizes::kMiddleTiles>(args, weights, routes + first, left, shared);
     else
-      gate_up_routes<T, 1, AHEAD>(args, weights, routes + first, left, shared, kSlotBytes);
+      gate_up_routes<T, Sizes, 1>(args, weights, routes + first, left, shared);
   }
 }
 
-template <class T, int MAX_TILES, int AHEAD>
+template <class T, class Sizes>
 wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  return launch_shared<gate_up_grouped<T, MAX_TILES, AHEAD>>(
-      "gate_up_grouped", dim3((s.intermediate / 8 + kGroupedWarps - 1) / kGroupedWarps, s.experts, list_splits(s)),
-      dim3(kGroupedThreads), AHEAD * grouped_slot_bytes(8 * MAX_TILES), stream, false, args, lists);
+  return launch_shared<gate_up_grouped<T, Sizes>>(
+      "gate_up_grouped", dim3((s.intermediate / 8 + Sizes::kWarps - 1) / Sizes::kWarps, s.experts, list_splits(s)),
+      dim3(Sizes::kThreads), Sizes::kAhead * Sizes::slot_bytes(1), stream, false, args, lists);
 }
 
 template <class T>
@@ -118,9 +117,9 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
     if (schedule == WD_CUDA_TILED) return gate_up_tiled(args, lists, columns, down_follows, stream);
   }
   // the ring as deep as two or three blocks an SM leave room for
-  if (routes_an_expert(s, 2)) return launch_grouped<T, 1, 4>(args, lists, stream);
-  if (routes_an_expert(s, 6)) return launch_grouped<T, 2, 5>(args, lists, stream);
-  return launch_grouped<T, 4, 4>(args, lists, stream);
+  if (routes_an_expert(s, 2)) return launch_grouped<T, GroupedSizes<4, 1, 6>>(args, lists, stream);
+  if (routes_an_expert(s, 6)) return launch_grouped<T, GroupedSizes<8, 2, 5>>(args, lists, stream);
+  return launch_grouped<T, GroupedSizes<8, 4, 4>>(args, lists, stream);
 }
 
 } // namespace wd

@@ -8,26 +8,30 @@
 
 namespace wd {
 
-constexpr int kGroupedWarps = 8, kGroupedThreads = 32 * kGroupedWarps, kGroupedRows = 16 * kGroupedWarps;
-
-// Bytes of the ring, for up to `columns` columns.
-__host__ __device__ constexpr int grouped_slot_bytes(int columns) {
-  return (kGroupedRows + columns) * kStepBytes;
-}
+// The sizes of a kernel: warps of a block, tiles of 8 routes at a time, steps in the ring. Few routes an expert: small
+// blocks, because few of them run, and the last ones should be short; many: large ones, which share more columns.
+template <int WARPS, int TILES, int AHEAD> struct GroupedSizes {
+  static constexpr int kWarps = WARPS, kTiles = TILES, kMiddleTiles = TILES < 2 ? 1 : 2, kAhead = AHEAD,
+                       kThreads = 32 * WARPS, kRows = 16 * WARPS, kRoutes = 8 * TILES;
+  // Bytes of one step of the ring, with PARTS columns a route.
+  __host__ __device__ static constexpr int slot_bytes(int parts) {
+    return (kRows + kRoutes * parts) * kStepBytes;
+  }
+};
 
 // c[part][tile] = the warp's 16 rows . columns (8 a tile); all threads of the block call it together.
 // low: the warp's row 0; row g + 8 is high_stride behind row g; rows g are read where g < rows, g + 8 where g + 8 <
 // rows. column_of(i, part): values of column i, NULL where there is none. before_columns() runs between the first
 // copies of weights and the first of columns.
-template <class T, int TILES, int PARTS, int AHEAD, class ColumnOf, class Before>
+template <class T, class Sizes, int TILES, int PARTS, class ColumnOf, class Before>
 __device__ __forceinline__ void block_dot(float (&c)[PARTS][TILES][4], const T *low, int64_t high_stride, int rows,
-                                          ColumnOf column_of, int length, uint32_t ring, int slot_bytes,
-                                          Before before_columns) {
+                                          ColumnOf column_of, int length, uint32_t ring, Before before_columns) {
+  constexpr int AHEAD = Sizes::kAhead, slot_bytes = Sizes::slot_bytes(PARTS), kGroupedThreads = Sizes::kThreads;
   constexpr int kColumns = 8 * TILES * PARTS, kCopies = (kColumns * 8 + kGroupedThreads - 1) / kGroupedThreads;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int chunks = chunks_of(length), steps = (chunks + 1) / 2;
   // the warp's rows, then the columns of part 0, of part 1
-  const uint32_t warp_rows = ring + warp * 16 * kStepBytes, columns = ring + kGroupedRows * kStepBytes;
+  const uint32_t warp_rows = ring + warp * 16 * kStepBytes, columns = ring + Sizes::kRows * kStepBytes;
   const uint32_t arrival = warp_rows + place_of(lane / 8, lane % 8);
   const uint32_t own = warp_rows + place_of(lane / 4, lane % 4), own_column = columns + place_of(lane / 4, lane % 4);
   const T *source = low + (int64_t)(lane / 8) * length + lane % 8 * 8;
