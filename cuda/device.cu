@@ -151,23 +151,31 @@ wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
   return WD_OK;
 }
 
-int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape) {
-  if (schedule == WD_CUDA_DIRECT) return shape->top_k <= WD_CUDA_DIRECT_MAX_TOP_K;
-  if (schedule == WD_CUDA_GROUPED) return 1;
+static int schedule_runs(wd_cuda_schedule schedule, int device) {
 #ifdef WD_CUDA_TILED_BUILT
-  int capability = 0;
-  return shape->experts <= WD_CUDA_TILED_MAX_EXPERTS && wd::compute_capability(device, &capability) == WD_OK &&
-         capability == 90;
+  constexpr bool built = true;
 #else
-  (void)device;
-  return 0;
+  constexpr bool built = false;
 #endif
+  int capability = 0;
+  return schedule != WD_CUDA_TILED ||
+         (built && wd::compute_capability(device, &capability) == WD_OK && capability == 90);
 }
 
-int wd_cuda_usable(void) {
+int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape) {
+  if (schedule == WD_CUDA_DIRECT && shape->top_k > WD_CUDA_DIRECT_MAX_TOP_K) return 0;
+  if (schedule == WD_CUDA_TILED && shape->experts > WD_CUDA_TILED_MAX_EXPERTS) return 0;
+  return schedule_runs(schedule, device);
+}
+
+int wd_cuda_usable(wd_cuda_schedule schedule) {
   int devices = 0;
-  if (cudaGetDeviceCount(&devices) == cudaSuccess) return devices > 0;
-  (void)cudaGetLastError();
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  for (int device = 0; device < devices; device++)
+    if (schedule_runs(schedule, device)) return 1;
   return 0;
 }
 

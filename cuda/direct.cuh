@@ -17,29 +17,21 @@ template <int PARTS, int AHEAD> __host__ __device__ constexpr size_t direct_byte
 }
 
 // Calls launch(Constant<AHEAD>) with as many steps ahead as shared memory allows: so that all blocks of the call are on
-// their SMs at once and leave half the memory to the other of the two kernels, which then starts early; or at once at
-// least; or some of them.
+// their SMs at once, or, where there are too many for that, two on each.
 template <int PARTS, class Launch> wd_status choose_ahead(int64_t blocks, int warps, Launch launch) {
   int sms, limit;
   WD_TRY(multiprocessors(&sms));
   WD_TRY(shared_memory_of_block(&limit));
-  const int64_t at_once = (blocks + sms - 1) / sms * warps;
-  const auto fits = [&](size_t bytes, int64_t rings, int64_t room) {
-    return (int64_t)bytes * rings + 2048 <= room; // 2048: what else a block has there
+  const int64_t at_once = (blocks + sms - 1) / sms;
+  const auto fits = [&](size_t bytes, int64_t together) { // 2048: what else a block has there
+    return ((int64_t)bytes * warps + 2048) * together <= limit;
   };
-#define WD_TRY_AHEAD(ahead, rings, room)                                                                               \
-  if (fits(direct_bytes<PARTS, ahead>(), rings, room)) return launch(Constant<ahead>())
-  WD_TRY_AHEAD(12, at_once, limit / 2);
-  WD_TRY_AHEAD(8, at_once, limit / 2);
-  WD_TRY_AHEAD(6, at_once, limit / 2);
-  WD_TRY_AHEAD(4, at_once, limit / 2);
-  WD_TRY_AHEAD(3, at_once, limit / 2);
-  WD_TRY_AHEAD(6, at_once, limit);
-  WD_TRY_AHEAD(4, at_once, limit);
-  WD_TRY_AHEAD(3, at_once, limit);
-  WD_TRY_AHEAD(4, 2 * warps, limit);
-#undef WD_TRY_AHEAD
-  return launch(Constant<3>());
+  if (fits(direct_bytes<PARTS, 12>(), at_once)) return launch(Constant<12>());
+  if (fits(direct_bytes<PARTS, 8>(), at_once)) return launch(Constant<8>());
+  if (fits(direct_bytes<PARTS, 6>(), at_once)) return launch(Constant<6>());
+  if (fits(direct_bytes<PARTS, 4>(), at_once)) return launch(Constant<4>());
+  if (fits(direct_bytes<PARTS, 3>(), at_once) || !fits(direct_bytes<PARTS, 4>(), 2)) return launch(Constant<3>());
+  return launch(Constant<4>());
 }
 
 // c[part] = 16 rows . one column, as stream_dot's with the column in all eight places. low: row 0; row g + 8 is

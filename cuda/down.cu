@@ -126,32 +126,44 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
       dim3(Sizes::kThreads), Sizes::kAhead * Sizes::slot_bytes(2), stream, dependent, args, lists, dependent);
 }
 
-// output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8)
-template <class T> __global__ void __launch_bounds__(256) combine_slots(const wd_down_args args) {
+constexpr int kCombineThreads = 256, kTogether = 4; // slots whose loads are on their way together
+
+// output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8).
+// grid T * row_blocks
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads) combine_slots(const wd_down_args args, unsigned row_blocks) {
   wait_for_previous_grid();
   const wd_moe_shape &s = args.shape;
-  const int64_t index = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-  if (index >= s.tokens * s.hidden) return;
-  const int64_t token = index / s.hidden, h = index % s.hidden;
+  const unsigned token = blockIdx.x / row_blocks;
+  const int h = (int)(blockIdx.x % row_blocks * kCombineThreads + threadIdx.x) * 4;
+  if (h >= s.hidden) return;
+  const int64_t first = (int64_t)token * s.top_k;
+  const float *values = down_values(args) + first * s.hidden + h;
   float sum[4] = {};
-  for (int slot = 0; slot < s.top_k; slot++) {
-    const int64_t route = token * s.top_k + slot;
-    if (expert_of(args.topk_ids, s.id_bytes, route, s.experts) < 0) continue;
-    const float4 v = __ldcg((const float4 *)(down_values(args) + route * s.hidden + h));
-    const float weight = widen_weight(args.topk_weights, args.topk_weights_dtype, route);
-    sum[0] = __fmaf_rn(weight, v.x, sum[0]);
-    sum[1] = __fmaf_rn(weight, v.y, sum[1]);
-    sum[2] = __fmaf_rn(weight, v.z, sum[2]);
-    sum[3] = __fmaf_rn(weight, v.w, sum[3]);
-  }
-  union { // one 8-byte store
-    T value[4];
-    uint2 bits;
-  } out;
+  for (int base = 0; base < s.top_k; base += kTogether) {
+    float4 v[kTogether];
+    float weight[kTogether];
+    bool valid[kTogether];
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    out.value[i] = Element<T>::round(sum[i]);
-  *(uint2 *)((T *)args.output + index) = out.bits;
+    for (int i = 0; i < kTogether; i++) {
+      valid[i] = base + i < s.top_k && expert_of(args.topk_ids, s.id_bytes, first + base + i, s.experts) >= 0;
+      if (!valid[i]) continue;
+      v[i] = __ldcg((const float4 *)(values + (int64_t)(base + i) * s.hidden));
+      weight[i] = widen_weight(args.topk_weights, args.topk_weights_dtype, first + base + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (!valid[i]) continue;
+      sum[0] = __fmaf_rn(weight[i], v[i].x, sum[0]);
+      sum[1] = __fmaf_rn(weight[i], v[i].y, sum[1]);
+      sum[2] = __fmaf_rn(weight[i], v[i].z, sum[2]);
+      sum[3] = __fmaf_rn(weight[i], v[i].w, sum[3]);
+    }
+  }
+  Pair<T> out[2];
+  out[0].value[0] = Element<T>::round(sum[0]), out[0].value[1] = Element<T>::round(sum[1]);
+  out[1].value[0] = Element<T>::round(sum[2]), out[1].value[1] = Element<T>::round(sum[3]);
+  *(uint2 *)((T *)args.output + (int64_t)token * s.hidden + h) = make_uint2(out[0].bits, out[1].bits);
 }
 
 template <class T>
@@ -180,11 +192,12 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   if (schedule == WD_CUDA_TILED)
     WD_TRY(down_tiled(args, lists, columns, dependent, stream));
   else
-    WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, GroupedSizes<4, 1, 6>>(args, lists, dependent, stream))
+    WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream))
            : routes_an_expert(s, 6) ? (launch_grouped<T, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream))
                                     : (launch_grouped<T, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream)));
-  const unsigned blocks = (unsigned)((s.tokens * s.hidden / 4 + 255) / 256);
-  return launch("combine_slots", combine_slots<T>, dim3(blocks), dim3(256), 0, stream, early_launch, args);
+  const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
+  return launch("combine_slots", combine_slots<T>, dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads), 0,
+                stream, early_launch, args, row_blocks);
 }
 
 } // namespace wd

@@ -37,8 +37,8 @@ wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int 
 /* Reads `bytes` (a multiple of 16) and stores nothing that matters to sink (16 bytes). */
 wd_status wd_read_cuda(const void *memory, size_t bytes, void *sink, void *stream);
 
-/* 1 when this build and this machine can run CUDA. Leaves wd_last_error() as it is: not an error. */
-int wd_cuda_usable(void);
+/* 1 when this build can run the schedule on a device of this machine. Leaves wd_last_error() as it is: not an error. */
+int wd_cuda_usable(wd_cuda_schedule schedule);
 
 /* For wd_get_build_info. */
 int32_t wd_cuda_runtime_version(void);

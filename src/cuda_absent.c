@@ -24,9 +24,10 @@ size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape) {
   return 0;
 }
 
-wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, void *stream) {
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream) {
   (void)args;
   (void)schedule;
+  (void)down_follows;
   (void)stream;
   return absent();
 }
@@ -59,7 +60,8 @@ wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
   return absent();
 }
 
-int wd_cuda_usable(void) {
+int wd_cuda_usable(wd_cuda_schedule schedule) {
+  (void)schedule;
   return 0;
 }
 

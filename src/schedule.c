@@ -31,7 +31,7 @@ int wd_kernel_at(int32_t index, wd_kernel *kernel) {
 }
 
 int wd_kernel_usable(const wd_kernel *kernel) {
-  return kernel->device_type == kDLCPU ? wd_cpu_isa_usable(kernel->isa) : wd_cuda_usable();
+  return kernel->device_type == kDLCPU ? wd_cpu_isa_usable(kernel->isa) : wd_cuda_usable(kernel->schedule);
 }
 
 static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *shape) {
@@ -42,10 +42,19 @@ static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *
   return 1;
 }
 
-/* Direct reads an expert once per route, the others once: with at most E/4 routes drawn evenly, direct reads at most
- * 13% more than they do, most of it from L2, and has nothing to look up and no second launch. */
-static int prefers_direct(const wd_moe_shape *shape) {
-  return shape->tokens == 1 || 4 * shape->tokens * shape->top_k <= shape->experts;
+/* By the routes that an expert has when they are drawn evenly. Up to a quarter: direct, which reads an expert once per
+ * route, at most 13% more than once each, most of it from L2, and has nothing to look up and no second launch. From
+ * eight on: tiled, which prepares lists first. Between them, and where tiled does not serve: grouped. */
+static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
+  const int64_t routes = shape->tokens * shape->top_k, experts = shape->experts;
+  switch (kernel->schedule) {
+  case WD_CUDA_DIRECT:
+    return shape->tokens == 1 || 4 * routes <= experts;
+  case WD_CUDA_TILED:
+    return routes >= 8 * experts;
+  default:
+    return 1;
+  }
 }
 
 wd_status wd_choose_kernel(DLDevice device, const wd_moe_shape *shape, const char *name, wd_kernel *kernel) {
@@ -67,9 +76,8 @@ wd_status wd_choose_kernel(DLDevice device, const wd_moe_shape *shape, const cha
   }
   for (int32_t i = 0; wd_kernel_at(i, kernel); i++) {
     if (kernel->device_type != (int32_t)device.device_type) continue;
-    if (device.device_type == kDLCPU
-            ? wd_kernel_usable(kernel)
-            : serves(kernel, device, shape) && (kernel->schedule != WD_CUDA_DIRECT || prefers_direct(shape)))
+    if (device.device_type == kDLCPU ? wd_kernel_usable(kernel)
+                                     : serves(kernel, device, shape) && prefers(kernel, shape))
       return WD_OK;
   }
   /* Only a CPU-only build lacks a row, for CUDA tensors; its CUDA side says how to get a build that has them. */

@@ -4,10 +4,13 @@
 
 #include <string.h>
 
-/* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each, 1 GB); larger
- * calls run pass after pass. That bounds the workspace and costs nothing: a pass this large reads the experts for
- * hundreds of tokens each. */
-enum { ROUTES_PER_PASS = 32768, VALUES_PER_PASS = 1 << 28, MAX_TOP_K = 1024, MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
+/* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each); larger calls run
+ * pass after pass. That bounds the workspace. On CUDA passes are larger, or they would read the experts too often: of
+ * 256, with top_k 8, a pass of 32768 routes serves 128 tokens each. */
+enum { MAX_TOP_K = 1024, MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
+static const struct {
+  int64_t routes, values;
+} cpu_pass = {1 << 15, 1 << 28}, cuda_pass = {1 << 17, 1 << 30};
 
 /* A checked call. Tensors an operation does not have are NULL. */
 typedef struct {
@@ -23,9 +26,11 @@ typedef struct {
   wd_kernel kernel;
 } call;
 
-static int64_t tokens_per_pass(const wd_moe_shape *shape) {
-  const int64_t by_values = VALUES_PER_PASS / ((int64_t)shape->hidden + shape->intermediate);
-  const int64_t tokens = (by_values < ROUTES_PER_PASS ? by_values : ROUTES_PER_PASS) / shape->top_k;
+static int64_t tokens_per_pass(const wd_moe_shape *shape, int32_t device_type) {
+  const int64_t routes = device_type == kDLCUDA ? cuda_pass.routes : cpu_pass.routes;
+  const int64_t values = device_type == kDLCUDA ? cuda_pass.values : cpu_pass.values;
+  const int64_t by_values = values / ((int64_t)shape->hidden + shape->intermediate);
+  const int64_t tokens = (by_values < routes ? by_values : routes) / shape->top_k;
   return tokens > 1 ? tokens : 1;
 }
 
@@ -33,21 +38,22 @@ static size_t round_up(size_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-static int64_t pass_tokens(const wd_moe_shape *shape) {
-  const int64_t limit = tokens_per_pass(shape);
+static int64_t pass_tokens(const wd_moe_shape *shape, int32_t device_type) {
+  const int64_t limit = tokens_per_pass(shape, device_type);
   return shape->tokens < limit ? shape->tokens : limit;
 }
 
-static size_t pass_intermediate_bytes(const wd_moe_shape *shape) {
-  return round_up((size_t)pass_tokens(shape) * (size_t)shape->top_k * (size_t)wd_intermediate_parts(shape->dtype) *
-                  ((size_t)shape->intermediate + 31) / 32 * 32 * wd_dtype_size(shape->dtype));
+static size_t pass_intermediate_bytes(const wd_moe_shape *shape, int32_t device_type) {
+  return round_up((size_t)pass_tokens(shape, device_type) * (size_t)shape->top_k *
+                  (size_t)wd_intermediate_parts(shape->dtype) * ((size_t)shape->intermediate + 31) / 32 * 32 *
+                  wd_dtype_size(shape->dtype));
 }
 
 static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
   if (shape->tokens == 0) return 0;
   wd_moe_shape pass = *shape;
-  pass.tokens = pass_tokens(shape);
-  return pass_intermediate_bytes(shape) +
+  pass.tokens = pass_tokens(shape, device_type);
+  return pass_intermediate_bytes(shape, device_type) +
          (device_type == kDLCUDA ? wd_cuda_scratch_bytes(&pass) : wd_cpu_scratch_bytes(&pass));
 }
 
@@ -226,7 +232,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
 }
 
 static wd_status run_passes(const call *c) {
-  const int64_t pass = tokens_per_pass(&c->shape);
+  const int64_t pass = tokens_per_pass(&c->shape, (int32_t)c->device.device_type);
   for (int64_t first = 0; first < c->shape.tokens; first += pass) {
     const int64_t left = c->shape.tokens - first;
     WD_TRY(run_pass(c, first, left < pass ? left : pass));
@@ -267,7 +273,8 @@ static wd_status operate(call *c, const wd_moe_experts *experts, const DLTensor 
   WD_TRY(check_tensors(c));
   WD_TRY(check_overlaps(c, written, name));
   WD_TRY(check_run(c, workspace, workspace_size, stream, options));
-  if (c->intermediate == NULL) c->intermediate_bytes = pass_intermediate_bytes(&c->shape);
+  if (c->intermediate == NULL)
+    c->intermediate_bytes = pass_intermediate_bytes(&c->shape, (int32_t)c->device.device_type);
   return run(c);
 }
 

@@ -1,0 +1,114 @@
+"""The numerics contract on CUDA, over ten shapes and all schedules. torch.equal throughout, no tolerance."""
+
+import pytest
+import torch
+
+import warpdecode
+from cases import make_layer, make_tokens, poison
+from test_moe import kernels_of
+
+pytestmark = pytest.mark.gpu
+
+# E, K, H, I: real proportions with fewer experts, widths that are no multiple of a tile, one expert, many of them.
+SHAPES = [
+    (32, 8, 2048, 768),
+    (24, 8, 2816, 704),
+    (48, 8, 1024, 512),
+    (16, 2, 4096, 1600),
+    (8, 2, 1024, 3584),
+    (96, 10, 512, 256),
+    (9, 3, 72, 88),
+    (3, 2, 8, 8),
+    (6, 3, 1032, 2056),
+    (1, 1, 264, 136),
+]
+TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 100, 256, 1000)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def calls_of(layer, tokens, top_k):
+    """A call by the rule, and one by each kernel that serves so many tokens in reasonable time."""
+    names = [name for name in kernels_of("cuda") if name != "cuda_direct" or (tokens <= 100 and top_k <= 16)]
+    return {name: warpdecode.Experts(layer.gate_up, layer.down, kernel=name) for name in [None, *names]}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_batch_size(cuda, shape, dtype):
+    """The first tokens of a batch of 4096, alone, in every smaller batch, permuted, padded, by every schedule."""
+    experts, top_k, hidden, intermediate = shape
+    layer = make_layer(experts, hidden, intermediate, dtype, cuda)
+    x, ids, weights = make_tokens(layer, 4096, top_k, seed=hidden + intermediate)
+    together = warpdecode.Experts(layer.gate_up, layer.down)(x, ids, weights)
+    for tokens in TOKENS:
+        part = slice(0, tokens)
+        for name, call in calls_of(layer, tokens, top_k).items():
+            assert torch.equal(call(x[part], ids[part], weights[part]), together[part]), (tokens, name)
+    for token in (0, 63, 2047, 4095):
+        one = slice(token, token + 1)
+        for name, call in calls_of(layer, 1, top_k).items():
+            assert torch.equal(call(x[one], ids[one], weights[one]), together[one]), (token, name)
+    call = warpdecode.Experts(layer.gate_up, layer.down)
+    order = torch.randperm(4096).to(cuda)
+    assert torch.equal(call(x[order], ids[order], weights[order]), together[order])
+    other = ids.clone()
+    other[100:2000] = ids[99]  # the same token again and again
+    other[2000:] = -1  # padding
+    assert torch.equal(call(x, other, weights)[:100], together[:100])
+    assert not call(x, other, weights)[2000:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ["zipf", "one", "out of range"])
+def test_skewed_routings(cuda, dtype, routing):
+    """Lists longer than a tile, empty lists, ids of other processes; both kernels alone as well."""
+    layer = make_layer(20, 712, 328, dtype, cuda)
+    for tokens in (5, 40, 130, 700, 2500):
+        x, ids, weights = make_tokens(layer, tokens, 6, seed=tokens, routing=routing)
+        calls = calls_of(layer, tokens, 6)
+        expected = calls.pop(None)(x, ids, weights)
+        valid = (ids >= 0) & (ids < 20)
+        for name, call in calls.items():
+            assert torch.equal(call(x, ids, weights), expected), (tokens, name)
+            intermediate = warpdecode.moe_gate_up_3d_batched(call, x, ids)
+            if name == next(iter(calls)):
+                first = intermediate
+            assert torch.equal(intermediate[valid], first[valid]), (tokens, name)
+            assert torch.equal(warpdecode.moe_down_3d_batched(call, first, ids, weights), expected), (tokens, name)
+
+
+def test_two_streams_at_once(cuda):
+    """Two calls that run side by side, with a workspace each."""
+    layer = make_layer(32, 1024, 512, torch.bfloat16, cuda)
+    call = warpdecode.Experts(layer.gate_up, layer.down)
+    inputs = [make_tokens(layer, tokens, 4, seed=tokens) for tokens in (3, 40, 400, 1500)]
+    expected = [call(*one) for one in inputs]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    outputs = [[], []]
+    for _ in range(50):
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                outputs[which].append([call(*one) for one in inputs])
+    torch.cuda.synchronize()
+    for found in (*outputs[0], *outputs[1]):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300, 1500])
+def test_a_thousand_replays(cuda, tokens):
+    """Captured once, replayed a thousand times over a poisoned output, while other work dirties freed memory."""
+    layer = make_layer(32, 512, 256, torch.bfloat16, cuda)
+    call = warpdecode.Experts(layer.gate_up, layer.down)
+    inputs = make_tokens(layer, tokens, 4)
+    expected = call(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*inputs)
+    differing = torch.zeros((), dtype=torch.int64, device=cuda)
+    for _ in range(1000):
+        poison(out)
+        graph.replay()
+        differing += (out != expected).sum()
+    assert differing.item() == 0
