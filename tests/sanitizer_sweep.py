@@ -34,9 +34,9 @@ def main():
                 described = warpdecode.Experts(layer.gate_up, layer.down, kernel=name)
                 outputs.append(described(*call).cpu())
                 # and the two kernels on their own: the tiled schedule then arranges what down reads
-                intermediate = torch.zeros_like(warpdecode.moe_gate_up_3d_batched(described, call[0], call[1]))
-                warpdecode.moe_gate_up_3d_batched(described, call[0], call[1], out=intermediate)
-                outputs.append(warpdecode.moe_down_3d_batched(described, intermediate, call[1], call[2]).cpu())
+                middle = torch.zeros_like(warpdecode.moe_gate_up_3d_batched(described, call[0], call[1]))
+                warpdecode.moe_gate_up_3d_batched(described, call[0], call[1], out=middle)
+                outputs.append(warpdecode.moe_down_3d_batched(described, middle, call[1], call[2]).cpu())
             assert all(torch.equal(outputs[0], other) for other in outputs[1:])
             runs += len(outputs)
     print(f"{runs} calls over {', '.join(kernels)}: equal bits")
