@@ -28,12 +28,17 @@ constexpr int kMaxSlots = WD_CUDA_DIRECT_MAX_TOP_K;
 template <class T, int AHEAD>
 __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args args, bool dependent) {
   extern __shared__ __align__(128) uint8_t rings[];
-  __shared__ float values[kMaxSlots][16];
+  __shared__ float values[kMaxSlots][16], slot_weights[kMaxSlots];
+  __shared__ bool served[kMaxSlots];
   const wd_moe_shape &s = args.shape;
   const int slot = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   const int first_row = blockIdx.x * 16;
   const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
+  if (lane == 0) { // now, not at the end, where nothing would hide their way from memory
+    served[slot] = expert >= 0;
+    if (expert >= 0) slot_weights[slot] = widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot);
+  }
   if (expert >= 0) {
     const T *rows = (const T *)args.down_proj + ((int64_t)expert * s.hidden + first_row) * (int64_t)s.intermediate;
     const T *column = (const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate;
@@ -53,10 +58,8 @@ __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args
   const int row = threadIdx.x;
   if (row >= 16 || first_row + row >= s.hidden) return;
   float sum = 0.0f;
-  for (int i = 0; i < s.top_k; i++) {
-    if (expert_of(args.topk_ids, s.id_bytes, first_route + i, s.experts) < 0) continue;
-    sum = __fmaf_rn(widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + i), values[i][row], sum);
-  }
+  for (int i = 0; i < s.top_k; i++)
+    if (served[i]) sum = __fmaf_rn(slot_weights[i], values[i][row], sum);
   ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
 }
 
@@ -126,17 +129,15 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
       dim3(Sizes::kThreads), Sizes::kAhead * Sizes::slot_bytes(2), stream, dependent, args, lists, dependent);
 }
 
-constexpr int kCombineThreads = 256, kTogether = 4; // slots whose loads are on their way together
+constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on their way together
 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8).
 // grid T * row_blocks
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) combine_slots(const wd_down_args args, unsigned row_blocks) {
-  wait_for_previous_grid();
   const wd_moe_shape &s = args.shape;
   const unsigned token = blockIdx.x / row_blocks;
   const int h = (int)(blockIdx.x % row_blocks * kCombineThreads + threadIdx.x) * 4;
-  if (h >= s.hidden) return;
   const int64_t first = (int64_t)token * s.top_k;
   const float *values = down_values(args) + first * s.hidden + h;
   float sum[4] = {};
@@ -147,10 +148,13 @@ __global__ void __launch_bounds__(kCombineThreads) combine_slots(const wd_down_a
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
       valid[i] = base + i < s.top_k && expert_of(args.topk_ids, s.id_bytes, first + base + i, s.experts) >= 0;
-      if (!valid[i]) continue;
-      v[i] = __ldcg((const float4 *)(values + (int64_t)(base + i) * s.hidden));
-      weight[i] = widen_weight(args.topk_weights, args.topk_weights_dtype, first + base + i);
+      if (valid[i]) weight[i] = widen_weight(args.topk_weights, args.topk_weights_dtype, first + base + i);
     }
+    if (base == 0) wait_for_previous_grid();
+    if (h >= s.hidden) return;
+#pragma unroll
+    for (int i = 0; i < kTogether; i++)
+      if (valid[i]) v[i] = __ldcg((const float4 *)(values + (int64_t)(base + i) * s.hidden));
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
       if (!valid[i]) continue;
