@@ -74,53 +74,36 @@ __device__ __forceinline__ void direct_dot(float (&c)[PARTS][1][4], const T *low
 #pragma unroll
     for (int i = 0; i < 4; i++)
       c[part][0][i] = 0.0f;
-  // Operands of one step ahead: a warp issues in order, and would wait for them behind the chain of products.
-  uint4 a[2][2][2], b[2][2][PARTS];
-  auto read = [&](int buffer, uint32_t slot) {
+  uint32_t slot = 0;
+  for (int step = 0; step < steps; step++) {
+    uint4 a[2][2], b[2][PARTS];
+    await_copies<AHEAD - 1>();
+    __syncwarp();
 #pragma unroll
     for (int chunk = 0; chunk < 2; chunk++) {
-      a[buffer][chunk][0] = load_shared((own ^ chunk * 64) + slot);
-      a[buffer][chunk][1] = load_shared((own ^ chunk * 64) + slot + 8 * kStepBytes);
+      a[chunk][0] = load_shared((own ^ chunk * 64) + slot);
+      a[chunk][1] = load_shared((own ^ chunk * 64) + slot + 8 * kStepBytes);
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
-        b[buffer][chunk][part] = load_shared(column_own + slot + part * kStepBytes + chunk * 64);
+        b[chunk][part] = load_shared(column_own + slot + part * kStepBytes + chunk * 64);
     }
-  };
-  await_copies<AHEAD - 1>();
-  __syncwarp();
-  read(0, 0);
-  uint32_t slot = 0;
-  for (int step = 0; step < steps; step += 2) {
+    __syncwarp();
+    if (step + AHEAD < steps) {
+      copy_rows(step + AHEAD, slot);
+      copy_column(step + AHEAD, slot);
+    }
+    close_copies();
+    slot = slot + kSlotBytes == AHEAD * kSlotBytes ? 0 : slot + kSlotBytes;
 #pragma unroll
-    for (int buffer = 0; buffer < 2; buffer++) {
-      const int now = step + buffer;
-      if (now >= steps) continue;
-      const uint32_t next_slot = slot + kSlotBytes == AHEAD * kSlotBytes ? 0 : slot + kSlotBytes;
-      __syncwarp(); // all lanes have read the slot
-      if (now + AHEAD < steps) {
-        copy_rows(now + AHEAD, slot);
-        copy_column(now + AHEAD, slot);
-      }
-      close_copies();
-      if (now + 1 < steps) {
-        await_copies<AHEAD - 1>();
-        __syncwarp();
-        read(1 - buffer, next_slot);
-      }
-      slot = next_slot;
+    for (int chunk = 0; chunk < 2; chunk++) {
+      if (2 * step + chunk >= chunks) continue; // a product of zeros could turn a sum of -0 into +0
+      const uint4 &low_row = a[chunk][0], &high_row = a[chunk][1];
 #pragma unroll
-      for (int chunk = 0; chunk < 2; chunk++) {
-        if (2 * now + chunk >= chunks) continue; // a product of zeros could turn a sum of -0 into +0
-        const uint4 &low_row = a[buffer][chunk][0], &high_row = a[buffer][chunk][1];
+      for (int part = 0; part < PARTS; part++)
+        Element<T>::mma(c[part][0], low_row.x, high_row.x, low_row.y, high_row.y, b[chunk][part].x, b[chunk][part].y);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++)
-          Element<T>::mma(c[part][0], low_row.x, high_row.x, low_row.y, high_row.y, b[buffer][chunk][part].x,
-                          b[buffer][chunk][part].y);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-          Element<T>::mma(c[part][0], low_row.z, high_row.z, low_row.w, high_row.w, b[buffer][chunk][part].z,
-                          b[buffer][chunk][part].w);
-      }
+      for (int part = 0; part < PARTS; part++)
+        Element<T>::mma(c[part][0], low_row.z, high_row.z, low_row.w, high_row.w, b[chunk][part].z, b[chunk][part].w);
     }
   }
 }

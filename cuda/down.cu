@@ -35,10 +35,9 @@ __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args
   const int first_row = blockIdx.x * 16;
   const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
-  if (lane == 0) { // now, not at the end, where nothing would hide their way from memory
-    served[slot] = expert >= 0;
-    if (expert >= 0) slot_weights[slot] = widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot);
-  }
+  // now, not at the end, where nothing would hide its way from memory
+  const float weight =
+      expert >= 0 ? widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot) : 0.0f;
   if (expert >= 0) {
     const T *rows = (const T *)args.down_proj + ((int64_t)expert * s.hidden + first_row) * (int64_t)s.intermediate;
     const T *column = (const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate;
@@ -54,6 +53,7 @@ __global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args
   } else if (dependent) {
     wait_for_previous_grid(); // also where no id was valid: see down_grouped
   }
+  if (lane == 0) slot_weights[slot] = weight, served[slot] = expert >= 0;
   __syncthreads();
   const int row = threadIdx.x;
   if (row >= 16 || first_row + row >= s.hidden) return;
@@ -198,7 +198,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   else
     WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream))
            : routes_an_expert(s, 6) ? (launch_grouped<T, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream))
-                                    : (launch_grouped<T, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream)));
+                                    : (launch_grouped<T, GroupedSizes<8, 4, 4>>(args, lists, dependent, stream)));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
   return launch("combine_slots", combine_slots<T>, dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads), 0,
                 stream, early_launch, args, row_blocks);
