@@ -1,4 +1,4 @@
-// common.cuh - what the kernels share: loads, tensor-core products, the streamed dot product, routes of an expert.
+// common.cuh - what the kernels share: the order of every sum, tensor-core products, the intermediate's parts, routing.
 //
 // The canonical order of every sum (the bits hang on it, see wd_numerics_id):
 //   * k is cut into chunks of 32. A chunk is two mma.m16n8k16: the lane with t = lane % 4 holds k = 8t..8t+7 of the
@@ -7,7 +7,7 @@
 //   * a row is one chain of products from zero, in ascending k. One chain, because whatever must be kept beside it
 //     (quarters, halves) takes accumulators from the kernels that serve many tokens at a time.
 // A column of a product does not depend on the other columns, so it does not matter which tokens share a product, or
-// how many: every schedule below gives the same bits.
+// how many: every schedule gives the same bits. wgmma (tiled.cuh) gives the bits of mma.sync in the same order along k.
 #pragma once
 #include "../src/args.h"
 #include "../src/warpdecode.h"
@@ -16,7 +16,7 @@
 
 namespace wd {
 
-constexpr int kChunk = 32; // k of one step: 4 lanes x 16 bytes of a row
+constexpr int kChunk = 32; // k of two products: 4 lanes x 16 bytes of a row
 
 // ---- element types --------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 //
 // A warp owns 8 neurons: its 16-row tile is 8 gate rows and their 8 up rows, so gate and up of one neuron and token end
 // in the same lane and the activation needs no exchange; warps never meet. Bytes: 2*I*H*2 per distinct expert, read
-// once per block that serves the expert; activations come from L1 and L2.
+// once per block that serves the expert.
 //
 // direct:  a warp serves one route; nothing is looked up but its id. For few tokens, where experts are hardly shared.
 // grouped: a block serves all routes of one expert, 8, 16 or 32 at a time; each expert is read once (per 16 or 32).

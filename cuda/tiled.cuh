@@ -7,8 +7,8 @@
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
 // expert, a unit for each multiplying warpgroup, up to COLUMNS / PARTS routes. While decoding the grid has a block an
-// item, two blocks an SM: multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache), and
-// only the hardware's queue evens that out. For many tokens blocks stay and walk over items, with larger tiles.
+// item: multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache), and only the hardware's
+// queue evens that out. For many tokens blocks stay and walk over items, with larger tiles.
 #pragma once
 #include "arrange.cuh"
 #include "copies.cuh"
@@ -21,6 +21,7 @@ namespace wd {
 
 constexpr int kWarpgroup = 128, kUnitRows = 128;
 constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
+
 // The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
 // columns, each a part of every step. WEIGHTS_AHEAD, COLUMNS_AHEAD: steps of weights and of columns on their way or
 // ready. REGISTERS: of a multiplying thread.
@@ -35,8 +36,8 @@ struct TiledSizes {
   static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
   // what is left for a producing thread
   static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
-  // One matrix row of all columns. A matrix, eight of these, must lie within a line of the banks: padded by 16 bytes,
-  // as would suit the copies, wgmma ran at half its speed.
+  // One matrix row of all columns. A matrix, eight of these, must not straddle 128 bytes: padded by 16 bytes, as would
+  // suit the copies' banks, the call at T = 4096 was 6% slower.
   static constexpr int kMatrixBytes = COLUMNS * 16;
   static constexpr int kColumnBytes = kStep / 8 * kMatrixBytes;           // of one step
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
@@ -60,6 +61,7 @@ __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
 }
 
+// A block's shared memory: one of it, dynamic.
 template <class Sizes> struct TiledShared {
   alignas(1024) uint8_t weights[Sizes::kWeightsAhead][Sizes::kRowBytes];
   uint8_t columns[Sizes::kStages][Sizes::kColumnBytes];
