@@ -108,7 +108,8 @@ __device__ __forceinline__ void block_dot(float (&c)[PARTS][TILES][4], const T *
     free_slot = slot;
     slot = slot + slot_bytes == AHEAD * slot_bytes ? 0 : slot + slot_bytes;
   }
-  __syncthreads(); // the ring may be filled again
+  await_copies<0>(); // of short rows some are on their way still: zeros, into places that may be filled again
+  __syncthreads();
 }
 
 } // namespace wd

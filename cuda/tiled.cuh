@@ -130,13 +130,12 @@ template <class Sizes, int ROUTES> struct Walk {
       else
         high = middle;
     }
-    const int granules = (plan.units + Sizes::kMultipliers - 1) / Sizes::kMultipliers;
     // An expert's routes in equal parts: a last part of a few routes would read all its weights for them.
     const int local = position - shared.before[low], first = shared.offsets[low];
     const int count = shared.offsets[low + 1] - first, tiles = (count + ROUTES - 1) / ROUTES;
-    const int tile = local / granules, share = (count + tiles - 1) / tiles;
+    const int tile = local % tiles, share = (count + tiles - 1) / tiles; // neighbours share weights, in L2 at once
     item->expert = low;
-    item->unit = local % granules * Sizes::kMultipliers;
+    item->unit = local / tiles * Sizes::kMultipliers;
     item->units = min(Sizes::kMultipliers, plan.units - item->unit);
     item->first = first + tile * share;
     item->count = min(share, count - tile * share);

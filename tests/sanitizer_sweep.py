@@ -1,7 +1,7 @@
 """A small sweep over every CUDA kernel, for compute-sanitizer; not collected by pytest.
 
 for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool $tool --error-exitcode 9 python tests/sanitizer_sweep.py
+    compute-sanitizer --tool $tool --num-cuda-barriers 65536 --error-exitcode 9 python tests/sanitizer_sweep.py
 done
 """
 
