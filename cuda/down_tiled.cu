@@ -80,8 +80,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   const wd_moe_shape &s = args.shape;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
   const TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows, lists, dependent};
-  dim3 grid;
-  WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 2, &grid));
+  const dim3 grid = tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 2);
   return launch_shared<down_tiled_kernel<T, Sizes>>("down_tiled", grid, dim3(Sizes::kThreads), bytes, stream, true,
                                                     args, plan, columns);
 }

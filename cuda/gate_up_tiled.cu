@@ -86,8 +86,7 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   const wd_moe_shape &s = args.shape;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
   const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, false};
-  dim3 grid;
-  WD_TRY(tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 1, &grid));
+  const dim3 grid = tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 1);
   return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(Sizes::kThreads), bytes, stream,
                                                        true, args, plan, columns, down_follows);
 }

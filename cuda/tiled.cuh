@@ -6,9 +6,9 @@
 // so the same bits.
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
-// expert, a unit for each multiplying warpgroup, up to COLUMNS / PARTS routes. While decoding the grid has a block an
-// item: multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache), and only the hardware's
-// queue evens that out. For many tokens blocks stay and walk over items, with larger tiles.
+// expert, a unit for each multiplying warpgroup, up to COLUMNS / PARTS routes; the grid has a block an item. Blocks
+// that stay and walk over items were no faster: multiprocessors differ in speed by an eighth (as many as share a path
+// to the L2 cache), and only the hardware's queue evens that out.
 #pragma once
 #include "arrange.cuh"
 #include "copies.cuh"
@@ -25,13 +25,12 @@ constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 // The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
 // columns, each a part of every step. WEIGHTS_AHEAD, COLUMNS_AHEAD: steps of weights and of columns on their way or
 // ready. REGISTERS: of a multiplying thread.
-template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int REGISTERS, bool STAYS>
+template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int REGISTERS>
 struct TiledSizes {
   static constexpr int kMultipliers = MULTIPLIERS, kColumns = COLUMNS, kProducers = PRODUCERS,
                        kWeightsAhead = WEIGHTS_AHEAD, kStages = COLUMNS_AHEAD, kRegisters = REGISTERS;
   static constexpr int kMultiplyingThreads = kWarpgroup * MULTIPLIERS;
   static constexpr int kThreads = kMultiplyingThreads + 32 * PRODUCERS;
-  static constexpr bool kStays = STAYS; // blocks walk over items, else a block an item
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
   // what is left for a producing thread
@@ -43,8 +42,8 @@ struct TiledSizes {
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
 };
-using FewRoutes = TiledSizes<2, 64, 4, 4, 6, 208, false>;
-using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232, true>;
+using FewRoutes = TiledSizes<2, 64, 4, 4, 6, 208>;
+using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -375,14 +374,10 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   }
 }
 
-// A block an item, or, where items are many, as many blocks as the SMs hold.
-template <class Sizes> wd_status tiled_grid(const wd_moe_shape &s, int units, int routes_per_item, dim3 *grid) {
-  int blocks;
-  WD_TRY(multiprocessors(&blocks));
+// A block an item: at most as many as when every expert has a last, partly filled list.
+template <class Sizes> dim3 tiled_grid(const wd_moe_shape &s, int units, int routes_per_item) {
   const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
-  const int64_t items = (units + Sizes::kMultipliers - 1) / Sizes::kMultipliers * (lists + routes / routes_per_item);
-  *grid = dim3((unsigned)(!Sizes::kStays || items < blocks ? items : blocks));
-  return WD_OK;
+  return dim3((unsigned)((units + Sizes::kMultipliers - 1) / Sizes::kMultipliers * (lists + routes / routes_per_item)));
 }
 
 } // namespace wd
