@@ -35,8 +35,10 @@ template <int PARTS, class Launch> wd_status choose_ahead(int64_t blocks, int wa
   if (suits(8, direct_bytes<PARTS, 8>())) return launch(Constant<8>());
   if (suits(6, direct_bytes<PARTS, 6>())) return launch(Constant<6>());
   if (suits(4, direct_bytes<PARTS, 4>())) return launch(Constant<4>());
-  if (room(direct_bytes<PARTS, 3>(), at_once) || !room(direct_bytes<PARTS, 4>(), 2)) return launch(Constant<3>());
-  return launch(Constant<4>());
+  if (room(direct_bytes<PARTS, 3>(), at_once)) return launch(Constant<3>());
+  if (room(direct_bytes<PARTS, 4>(), 2)) return launch(Constant<4>());
+  if (room(direct_bytes<PARTS, 3>(), 1)) return launch(Constant<3>());
+  return launch(Constant<2>()); // 16 slots where a block has 99 KB
 }
 
 // c[part] = 16 rows . one column, which lies in all eight places of a tile: c[part][0][0] is row g of the lane,

@@ -129,6 +129,19 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
       dim3(Sizes::kThreads), Sizes::kAhead * Sizes::slot_bytes(2), stream, dependent, args, lists, dependent);
 }
 
+// The ring as deep as leaves room for two or three blocks an SM; GPUs with 99 KB for a block have one of three steps.
+template <class T>
+wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
+  using Deep = GroupedSizes<8, 4, 4>;
+  int limit;
+  WD_TRY(shared_memory_of_block(&limit));
+  if (routes_an_expert(args.shape, 2)) return launch_grouped<T, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream);
+  if (routes_an_expert(args.shape, 6)) return launch_grouped<T, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
+  if (Deep::kAhead * Deep::slot_bytes(2) + 8192 <= limit)
+    return launch_grouped<T, Deep>(args, lists, dependent, stream);
+  return launch_grouped<T, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream);
+}
+
 constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on their way together
 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8).
@@ -196,9 +209,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   if (schedule == WD_CUDA_TILED)
     WD_TRY(down_tiled(args, lists, columns, dependent, stream));
   else
-    WD_TRY(routes_an_expert(s, 2)   ? (launch_grouped<T, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream))
-           : routes_an_expert(s, 6) ? (launch_grouped<T, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream))
-                                    : (launch_grouped<T, GroupedSizes<8, 4, 4>>(args, lists, dependent, stream)));
+    WD_TRY(launch_some_grouped<T>(args, lists, dependent, stream));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
   return launch("combine_slots", combine_slots<T>, dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads), 0,
                 stream, early_launch, args, row_blocks);
