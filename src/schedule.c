@@ -6,7 +6,9 @@
 #ifdef WD_WITH_CUDA
 static const wd_kernel cuda_kernels[] = {
     {"cuda_direct", "a warp a route's rows, for few tokens; top_k up to 16", kDLCUDA, NULL, WD_CUDA_DIRECT},
-    {"cuda_tiled", "resident blocks, wgmma; compute capability 9.0, up to 512 experts", kDLCUDA, NULL, WD_CUDA_TILED},
+    {"cuda_tiled",
+     "wgmma, 256 rows a block, for eight tokens an expert and more; compute capability 9.0, up to 512 experts", kDLCUDA,
+     NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
      WD_CUDA_GROUPED},
 };
