@@ -6,13 +6,12 @@
 // Arranged rows are padded with zeros to whole chunks.
 #pragma once
 #include "common.cuh"
-#include "launch.cuh"
 
 namespace wd {
 
 // Values of an arranged row.
 __host__ __device__ __forceinline__ int arranged(int length) {
-  return (length + kChunk - 1) / kChunk * kChunk;
+  return chunks_of(length) * kChunk;
 }
 // Where value i (even) and its neighbour lie in an arranged row.
 __device__ __forceinline__ int arranged_place(int i) {

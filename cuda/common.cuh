@@ -77,11 +77,10 @@ __device__ __forceinline__ void allow_next_grid() {
 #endif
 }
 
-// ---- rows in chunks
-// --------------------------------------------------------------------------------------------------
+// ---- rows in chunks -------------------------------------------------------------------------------------------------
 
 // Chunks of a row of `length` values.
-__device__ __forceinline__ int chunks_of(int length) {
+__host__ __device__ __forceinline__ int chunks_of(int length) {
   return (length + kChunk - 1) / kChunk;
 }
 

@@ -13,11 +13,6 @@ wd_status multiprocessors(int *count);
 // Bytes of shared memory that a block of the current device can have.
 wd_status shared_memory_of_block(int *bytes);
 
-// Whether experts have few routes each, so that reading them is all that counts: small tiles, and deep loads.
-inline bool few_routes(const wd_moe_shape &s) {
-  return s.tokens * s.top_k <= 24 * (int64_t)s.experts;
-}
-
 // Whether an expert has on average at most so many routes.
 inline bool routes_an_expert(const wd_moe_shape &s, int64_t most) {
   return s.tokens * s.top_k <= most * s.experts;

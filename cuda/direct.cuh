@@ -42,9 +42,8 @@ template <int PARTS, class Launch> wd_status choose_ahead(int64_t blocks, int wa
 }
 
 // c[part] = 16 rows . one column, which lies in all eight places of a tile: c[part][0][0] is row g of the lane,
-// c[part][0][2] row g + 8, as in block_dot (grouped.cuh). low: row 0; row g + 8 is
-// high_stride behind row g. Rows 8 to 15 are read where has_high. before_columns() runs between the first copies of
-// weights and the first of activations.
+// c[part][0][2] row g + 8, as in block_dot (grouped.cuh). low: row 0; row g + 8 is high_stride behind row g. Rows 8 to
+// 15 are read where has_high. before_columns() runs between the first copies of weights and the first of activations.
 template <class T, int PARTS, int AHEAD, class Before>
 __device__ __forceinline__ void direct_dot(float (&c)[PARTS][1][4], const T *low, int64_t high_stride, bool has_high,
                                            const T *column, int64_t part_stride, int length, uint8_t *ring,

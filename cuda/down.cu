@@ -221,7 +221,7 @@ size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
   // v[T*K, H], or before it arranged hidden states
   const size_t v = (size_t)s->tokens * s->top_k * s->hidden * sizeof(float);
   const size_t columns = (size_t)s->tokens * wd::arranged(s->hidden) * 2;
-  return wd::sorted_routes_bytes(*s) + wd::align16(v > columns ? v : columns);
+  return wd::sorted_routes_span(*s) + wd::align16(v > columns ? v : columns);
 }
 
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {

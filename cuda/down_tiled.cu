@@ -88,8 +88,8 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
 template <class T>
 static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
                             cudaStream_t stream) {
-  return few_routes(args.shape) ? down_sizes<T, FewRoutes>(args, lists, columns, dependent, stream)
-                                : down_sizes<T, ManyRoutes>(args, lists, columns, dependent, stream);
+  return routes_an_expert(args.shape, kFewRoutes) ? down_sizes<T, FewRoutes>(args, lists, columns, dependent, stream)
+                                                  : down_sizes<T, ManyRoutes>(args, lists, columns, dependent, stream);
 }
 
 wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,

@@ -86,7 +86,7 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   const wd_moe_shape &s = args.shape;
   constexpr size_t bytes = sizeof(TiledShared<Sizes>);
   const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, false};
-  const dim3 grid = tiled_grid<Sizes>(s, plan.units, Sizes::kColumns / 1);
+  const dim3 grid = tiled_grid<Sizes>(s, plan.units, Sizes::kColumns);
   return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(Sizes::kThreads), bytes, stream,
                                                        true, args, plan, columns, down_follows);
 }
@@ -94,8 +94,9 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
 template <class T>
 static wd_status gate_up_dtype(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                                bool down_follows, cudaStream_t stream) {
-  return few_routes(args.shape) ? gate_up_sizes<T, FewRoutes>(args, lists, columns, down_follows, stream)
-                                : gate_up_sizes<T, ManyRoutes>(args, lists, columns, down_follows, stream);
+  return routes_an_expert(args.shape, kFewRoutes)
+             ? gate_up_sizes<T, FewRoutes>(args, lists, columns, down_follows, stream)
+             : gate_up_sizes<T, ManyRoutes>(args, lists, columns, down_follows, stream);
 }
 
 wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,

@@ -1,5 +1,6 @@
 // launch.cuh - host side: CUDA errors become statuses and sentences; one way to launch.
 #pragma once
+#include "../src/args.h"
 #include "../src/check.h"
 #include <atomic>
 #include <cuda_runtime.h>
@@ -49,13 +50,8 @@ constexpr size_t align16(size_t bytes) {
 }
 
 struct RouteLists;
-} // namespace wd
 
-#include "../src/args.h"
-namespace wd {
-
-// Routes sorted by expert (routes.cu), at the start of the scratch: bytes, the launch, and where its result lies.
-size_t sorted_routes_bytes(const wd_moe_shape &shape);
+// Routes sorted by expert (routes.cu), at the start of the scratch: the launch, and where its result lies.
 // rows: for the tiled schedule, row_count rows of `length` values that it also arranges into target.
 wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *rows, void *target,
                       int64_t row_count, int length, cudaStream_t stream);

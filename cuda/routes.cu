@@ -21,7 +21,7 @@ struct Arrangement {
 };
 
 __device__ __forceinline__ void arrange_chunk(const Arrangement &a, int64_t index) {
-  const int chunks = arranged(a.length) / kChunk, chunk = (int)(index % chunks);
+  const int chunks = chunks_of(a.length), chunk = (int)(index % chunks);
   const int64_t row = index / chunks;
   if (row >= a.rows) return;
   const uint16_t *source = (const uint16_t *)a.source + row * a.length + chunk * kChunk;
@@ -75,10 +75,6 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
 }
 
-size_t sorted_routes_bytes(const wd_moe_shape &s) {
-  return sorted_routes_span(s);
-}
-
 RouteLists sorted_routes(const wd_moe_shape &s, const void *scratch) {
   const int32_t *offsets = (const int32_t *)scratch;
   return {offsets, offsets + s.experts + 1};
@@ -88,7 +84,7 @@ wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, con
                       int64_t row_count, int length, cudaStream_t stream) {
   int32_t *offsets = (int32_t *)scratch;
   const Arrangement arrangement = {rows, target, row_count, length};
-  const int64_t chunks = row_count * (arranged(length) / kChunk);
+  const int64_t chunks = row_count * chunks_of(length);
   const unsigned blocks = (unsigned)(s.experts + (chunks + kPrepareThreads - 1) / kPrepareThreads);
   return launch("prepare_routes", prepare_routes, dim3(blocks), dim3(kPrepareThreads), 0, stream, false, ids,
                 s.id_bytes, (int)(s.tokens * s.top_k), s.experts, offsets, offsets + s.experts + 1, arrangement);

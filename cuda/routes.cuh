@@ -12,7 +12,7 @@ inline bool needs_lists(const wd_moe_shape &s) {
   return s.tokens * s.top_k > kSearchedRoutes;
 }
 
-// v[T*K, H] of down: in the scratch, behind the sorted routes.
+// Bytes of the sorted routes, and v[T*K, H] of down behind them in the scratch.
 __host__ __device__ __forceinline__ size_t sorted_routes_span(const wd_moe_shape &s) {
   return ((size_t)(s.experts + 1 + s.tokens * s.top_k) * sizeof(int32_t) + 15) / 16 * 16;
 }

@@ -1,14 +1,14 @@
 // tiled.cuh - the schedule for several tokens an expert (sm_90a): wgmma, weights and tokens through shared memory.
 //
 // A block multiplies 128 rows of one expert (a unit) a warpgroup with up to COLUMNS columns; four producer warps bring
-// the columns, the multiplying lanes their own weights. Lanes hold the same 16 bytes of a row as in common.cuh, and the
-// producers lay the columns' words down in the order that wgmma then expects: the same products in the same order,
-// so the same bits.
+// the columns, the multiplying warps their own weights. Lanes hold the same 16 bytes of a row as in common.cuh, and the
+// columns come with their words in the order that wgmma then expects (arrange.cuh): the same products in the same
+// order, so the same bits.
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
 // expert, a unit for each multiplying warpgroup, up to COLUMNS / PARTS routes; the grid has a block an item. Blocks
-// that stay and walk over items were no faster: multiprocessors differ in speed by an eighth (as many as share a path
-// to the L2 cache), and only the hardware's queue evens that out.
+// that stay and walk over several items, as the code still can, were no faster: multiprocessors differ in speed by an
+// eighth (as many as share a path to the L2 cache), and only the hardware's queue evens that out.
 #pragma once
 #include "tiled_streams.cuh"
 
@@ -61,7 +61,6 @@ __device__ __forceinline__ void multiply(float (&c)[2][TILES][4], Stream &weight
 //   kParts                              columns of a route
 //   length()                            values of a row and of a column
 //   columns(), column_row(route, part)  where arranged columns lie
-//   weights()                           the first expert's
 //   half_stride(), high_stride(), four_groups()   to the other half's row, to the high row, to lane group g + 4's
 //   row(expert, unit, warp, g), exists(unit, warp, g)   the low row of half 0 of a lane group; whether it is one
 //   finish(c, unit, warp, lane, routes, count)   what becomes of the dot products
@@ -74,11 +73,11 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   allow_next_grid();
   prepare<Sizes, ROUTES>(shared, s, plan);
   if (threadIdx.x >= Sizes::kMultiplyingThreads) {
-    if (Sizes::kMovesRegisters) give_registers<Sizes::kProducerRegisters>();
+    give_registers<Sizes::kProducerRegisters>();
     produce<T>(op, s, plan, shared);
     return;
   }
-  if (Sizes::kMovesRegisters) take_registers<Sizes::kRegisters>();
+  take_registers<Sizes::kRegisters>();
   const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
   const int chunks = chunks_of(op.length());
   Walk<Sizes, ROUTES> walk(shared, plan, s.experts);

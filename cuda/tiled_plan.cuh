@@ -21,7 +21,7 @@ struct TiledSizes {
   static constexpr int kMultiplyingThreads = kWarpgroup * MULTIPLIERS;
   static constexpr int kThreads = kMultiplyingThreads + 32 * PRODUCERS;
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr bool kMovesRegisters = REGISTERS > kLaunchRegisters;
+  static_assert(REGISTERS > kLaunchRegisters, "the multiplying threads take registers from the producing ones");
   // what is left for a producing thread
   static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
   // One matrix row of all columns. A matrix, eight of these, must not straddle 128 bytes: padded by 16 bytes, as would
@@ -31,6 +31,8 @@ struct TiledSizes {
   static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
   static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
 };
+// Up to so many routes an expert, reading the weights is all that counts: small tiles, and deep rings for columns.
+constexpr int kFewRoutes = 24;
 using FewRoutes = TiledSizes<2, 64, 4, 4, 6, 208>;
 using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232>;
 
@@ -49,7 +51,7 @@ __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
 }
 
-// A block's shared memory: one of it, dynamic.
+// The shared memory of a block, all of it.
 template <class Sizes> struct TiledShared {
   alignas(1024) uint8_t weights[Sizes::kWeightsAhead][Sizes::kRowBytes];
   uint8_t columns[Sizes::kStages][Sizes::kColumnBytes];

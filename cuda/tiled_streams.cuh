@@ -44,10 +44,10 @@ __device__ __forceinline__ void produce(const Op &op, const wd_moe_shape &s, con
 #pragma unroll 4
       for (int column = own; column < columns; column += STRIDE) {
         const int row = shared.rows[place][column];
-        const uint32_t place = target + stage * Sizes::kColumnBytes + column * 16;
+        const uint32_t arrival = target + stage * Sizes::kColumnBytes + column * 16;
         const T *p = source + (int64_t)max(row, 0) * pitch + step * kStep;
-        copy_ahead(place, p, row >= 0);
-        copy_ahead(place + 4 * Sizes::kMatrixBytes, p + kChunk, row >= 0 && both);
+        copy_ahead(arrival, p, row >= 0);
+        copy_ahead(arrival + 4 * Sizes::kMatrixBytes, p + kChunk, row >= 0 && both);
       }
       arrive_with_copies(&shared.full[stage]);
       if (++stage == Sizes::kStages) stage = 0, round ^= 1;

@@ -50,7 +50,8 @@ typedef struct {
   const void *topk_weights; /* [T, K] */
   const void *down_proj;    /* [E, H, I] */
   void *output;             /* [T, H] */
-  void *scratch;            /* as above; behind gate_up of the same call, the scratch that gate_up had */
+  void *scratch; /* as above; behind gate_up of the same call the scratch that it had, else with room behind it for an
+                  * intermediate, each row padded to a multiple of 32 values */
 } wd_down_args;
 
 #endif /* WD_ARGS_H */
