@@ -124,6 +124,7 @@ __device__ __forceinline__ float widen_weight(const void *weights, wd_dtype dtyp
 struct RouteLists {
   const int32_t *offsets; // [E + 1], or NULL: the block searches topk_ids itself
   const int32_t *routes;  // [T*K], the routes of expert e at offsets[e] .. offsets[e+1]
+  int32_t *taken;         // [2], zeros: for gate_up and down, how many items blocks have taken
 };
 
 } // namespace wd

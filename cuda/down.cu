@@ -13,7 +13,7 @@
 //          to scratch (it stays in L2); combine_slots adds them up.
 // tiled:   down_tiled.cu, and combine_slots.
 // Behind our own gate_up both start early and have their first weights in flight before they wait for the intermediate.
-#include "arrange.cuh"
+#include "columns.cuh"
 #include "device.cuh"
 #include "direct.cuh"
 #include "grouped.cuh"
@@ -196,14 +196,14 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
                                                   dependent, args, dependent);
     });
   RouteLists lists = {};
-  const void *columns = nullptr;
+  const void *columns = args.intermediate;
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
     // behind our own gate_up the lists are there: it made them, and let this grid start only then
-    const bool arrange = schedule == WD_CUDA_TILED && !behind_gate_up; // then behind the scratch is room for it
-    columns = arrange ? (char *)args.scratch + wd_cuda_scratch_bytes(&s) : args.intermediate;
+    const bool gather = schedule == WD_CUDA_TILED && !behind_gate_up; // then behind the scratch is room for columns
+    if (gather) columns = (char *)args.scratch + wd_cuda_scratch_bytes(&s);
     if (!behind_gate_up)
-      WD_TRY(sort_routes(s, args.topk_ids, args.scratch, args.intermediate, (void *)columns,
-                         arrange ? 2 * s.tokens * s.top_k : 0, s.intermediate, stream));
+      WD_TRY(sort_routes(s, args.topk_ids, args.scratch, gather ? args.intermediate : nullptr, (void *)columns, 2,
+                         s.intermediate, stream));
     lists = sorted_routes(s, args.scratch);
   }
   if (schedule == WD_CUDA_TILED)
@@ -218,9 +218,9 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
 } // namespace wd
 
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
-  // v[T*K, H], or before it arranged hidden states
+  // v[T*K, H], or before it the columns of hidden states
   const size_t v = (size_t)s->tokens * s->top_k * s->hidden * sizeof(float);
-  const size_t columns = (size_t)s->tokens * wd::arranged(s->hidden) * 2;
+  const size_t columns = (size_t)wd_column_groups(s) * wd::group_bytes(s->hidden);
   return wd::sorted_routes_span(*s) + wd::align16(v > columns ? v : columns);
 }
 

@@ -110,11 +110,12 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
         });
   RouteLists lists = {};
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
+    const bool tiled = schedule == WD_CUDA_TILED;
     void *columns = (char *)args.scratch + sorted_routes_span(s); // where v of down will be
-    WD_TRY(sort_routes(s, args.topk_ids, args.scratch, args.hidden_states, columns,
-                       schedule == WD_CUDA_TILED ? s.tokens : 0, s.hidden, stream));
+    WD_TRY(sort_routes(s, args.topk_ids, args.scratch, tiled ? args.hidden_states : nullptr, columns, 1, s.hidden,
+                       stream));
     lists = sorted_routes(s, args.scratch);
-    if (schedule == WD_CUDA_TILED) return gate_up_tiled(args, lists, columns, down_follows, stream);
+    if (tiled) return gate_up_tiled(args, lists, columns, down_follows, stream);
   }
   // the ring as deep as two or three blocks an SM leave room for
   if (routes_an_expert(s, 2)) return launch_grouped<T, GroupedSizes<4, 1, 6>>(args, lists, stream);

@@ -51,14 +51,15 @@ constexpr size_t align16(size_t bytes) {
 
 struct RouteLists;
 
-// Routes sorted by expert (routes.cu), at the start of the scratch: the launch, and where its result lies.
-// rows: for the tiled schedule, row_count rows of `length` values that it also arranges into target.
-wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *rows, void *target,
-                      int64_t row_count, int length, cudaStream_t stream);
-RouteLists sorted_routes(const wd_moe_shape &shape, const void *scratch);
+// Routes sorted by expert (routes.cu), at the start of the scratch: where they lie, and the launch. With a source, also
+// the columns of the tiled schedule (columns.cuh) in target: from hidden states [T, length] (one part), or from an
+// intermediate [T, K, parts, length].
+RouteLists sorted_routes(const wd_moe_shape &shape, void *scratch);
+wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *source, void *target,
+                      int parts, int length, cudaStream_t stream);
 
-// The tiled schedule (tiled.cuh). dependent: the grid before is this call's gate_up.
-// The columns are arranged (arrange.cuh); gate_up leaves an arranged intermediate when down of the same call follows.
+// The tiled schedule (tiled.cuh). gate_up leaves columns where the intermediate would be when down of the same call
+// follows. dependent: the grid before is this call's gate_up.
 wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,
                         cudaStream_t stream);
 wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,

@@ -1,93 +1,150 @@
-// routes.cu - what the schedules for many tokens prepare: routes sorted by expert, rows arranged for wgmma.
+// routes.cu - what the schedules for many tokens prepare: routes sorted by expert, and their columns for wgmma.
 //
 //   offsets[e] = number of routes whose id is valid and below e;  routes[offsets[e] ..] = routes of e, ascending
 //
-// One block an expert reads all ids: E * T*K reads from L2, for calls that take hundreds of microseconds. No atomics
-// and no order between blocks, so the lists are the same in every run.
-#include "arrange.cuh"
+// An expert's block reads all ids: E * T*K reads from L2, for calls that take hundreds of microseconds. No atomics and
+// no order between blocks, so the lists are the same in every run.
+#include "columns.cuh"
+#include "device.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
 namespace wd {
 
-constexpr int kPrepareThreads = 512;
+// ---- columns --------------------------------------------------------------------------------------------------------
 
-// Rows of `length` 2-byte values, and where they go arranged. rows == 0: none.
-struct Arrangement {
-  const void *source;
+// Rows as callers have them, and where they go as columns (columns.cuh). source == NULL: nowhere.
+struct Gathering {
+  const void *source; // [T, length] with one part, else [T, K, parts, length]
   void *target;
-  int64_t rows;
-  int length;
+  int parts, length;
 };
 
-__device__ __forceinline__ void arrange_chunk(const Arrangement &a, int64_t index) {
-  const int chunks = chunks_of(a.length), chunk = (int)(index % chunks);
-  const int64_t row = index / chunks;
-  if (row >= a.rows) return;
-  const uint16_t *source = (const uint16_t *)a.source + row * a.length + chunk * kChunk;
+// One chunk of a column, on its way through registers.
+struct Chunk {
   uint4 piece[4];
+  __device__ __forceinline__ void load(const uint16_t *from, int left, bool valid) {
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    piece[i] = load_valid(source + 8 * i, chunk * kChunk + 8 * i < a.length);
-  uint4 *target = (uint4 *)a.target + index * 4;
-  target[0] = make_uint4(piece[0].x, piece[1].x, piece[2].x, piece[3].x);
-  target[1] = make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y);
-  target[2] = make_uint4(piece[0].z, piece[1].z, piece[2].z, piece[3].z);
-  target[3] = make_uint4(piece[0].w, piece[1].w, piece[2].w, piece[3].w);
+    for (int p = 0; p < 4; p++)
+      piece[p] = load_valid(from + 8 * p, valid && 8 * p < left);
+  }
+  __device__ __forceinline__ void store(uint4 *to) const {
+    to[0] = make_uint4(piece[0].x, piece[1].x, piece[2].x, piece[3].x);
+    to[kGroup] = make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y);
+    to[2 * kGroup] = make_uint4(piece[0].z, piece[1].z, piece[2].z, piece[3].z);
+    to[3 * kGroup] = make_uint4(piece[0].w, piece[1].w, piece[2].w, piece[3].w);
+  }
+};
+
+// The block gathers a group; `route` is that of this thread's column, thread % 8, or -1 for none. A thread moves two
+// chunks at a time, and eight neighbours write whole matrices.
+__device__ __forceinline__ void gather_group(const Gathering &g, int route, int top_k, int64_t group) {
+  const int chunks = chunks_of(g.length), work = g.parts * chunks, stride = (int)blockDim.x / kGroup;
+  const int64_t row = g.parts == 1 ? route / top_k : (int64_t)route * g.parts;
+  const uint16_t *from = (const uint16_t *)g.source + row * g.length;
+  uint4 *to = (uint4 *)((uint8_t *)g.target + group * g.parts * group_bytes(g.length)) + threadIdx.x % kGroup;
+  auto load = [&](Chunk &chunk, int item) {
+    const int part = item / chunks, begin = item % chunks * kChunk;
+    chunk.load(from + part * (int64_t)g.length + begin, g.length - begin, route >= 0 && item < work);
+  };
+  for (int item = threadIdx.x / kGroup; item < work; item += 2 * stride) {
+    Chunk one, two;
+    load(one, item), load(two, item + stride);
+    one.store(to + (int64_t)item * 4 * kGroup);
+    if (item + stride < work) two.store(to + (int64_t)(item + stride) * 4 * kGroup);
+  }
 }
 
-// The first `experts` blocks sort, the others arrange.
-__global__ void __launch_bounds__(kPrepareThreads)
-    prepare_routes(const void *ids, int id_bytes, int routes, int experts, int32_t *offsets, int32_t *lists,
-                   const Arrangement arrangement) {
-  __shared__ int32_t below[kPrepareThreads / 32], mine[kPrepareThreads / 32];
-  allow_next_grid(); // it waits for this one before it looks
+// ---- lists ----------------------------------------------------------------------------------------------------------
+
+constexpr int kSortThreads = 512, kSortWarps = kSortThreads / 32;
+constexpr int kMostRuns = WD_CUDA_MOST_ROUTES / 32; // of 32 routes
+constexpr int kListedRoutes = 4096; // of a call: up to so many are gathered by the block that lists them
+
+// grid (experts, parts of an expert's columns): all list, for themselves, and the first for others, too.
+__global__ void __launch_bounds__(kSortThreads)
+    sort_by_expert(const wd_moe_shape s, const void *ids, int32_t *taken, int32_t *offsets, int32_t *lists,
+                   const Gathering gathering) {
+  __shared__ int32_t below[kSortWarps], mine[kSortWarps], listed[kListedRoutes];
+  __shared__ uint32_t matches[kMostRuns]; // of the runs
+  allow_next_grid();                      // it waits for this one before it looks
   const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  if (expert >= experts) {
-    arrange_chunk(arrangement, (int64_t)(expert - experts) * kPrepareThreads + thread);
-    return;
-  }
-  // A warp owns a run of the ids: it counts, learns what lies before it, and writes, without waiting for the others.
-  const int each = (routes + kPrepareThreads - 1) / kPrepareThreads * 32, begin = warp * each;
-  const int end = min(begin + each, routes);
+  // A warp owns some runs: it counts, learns what lies before it, and writes, without waiting for the others.
+  const int routes = (int)(s.tokens * s.top_k), runs = (routes + 31) / 32, each = (runs + kSortWarps - 1) / kSortWarps;
+  const int begin = warp * each, end = min(begin + each, runs);
   int lower = 0, own = 0;
-#pragma unroll 8
-  for (int route = begin + lane; route < end; route += 32) {
-    const int e = expert_of(ids, id_bytes, route, experts);
-    lower += e >= 0 && e < expert, own += e == expert;
+#pragma unroll 16
+  for (int run = begin; run < end; run++) {
+    const int route = run * 32 + lane;
+    const int e = route < routes ? expert_of(ids, s.id_bytes, route, s.experts) : -1;
+    const unsigned votes = __ballot_sync(~0u, e == expert);
+    if (lane == 0) matches[run] = votes;
+    lower += e >= 0 && e < expert, own += __popc(votes);
   }
-  lower = __reduce_add_sync(~0u, lower), own = __reduce_add_sync(~0u, own);
+  lower = __reduce_add_sync(~0u, lower);
   if (lane == 0) below[warp] = lower, mine[warp] = own;
   __syncthreads();
-  int offset = 0, place = 0, found = 0;
-  for (int w = 0; w < kPrepareThreads / 32; w++)
-    offset += below[w], place += w < warp ? mine[w] : 0, found += mine[w];
-  if (thread == 0) offsets[expert] = offset;
-  if (thread == 0 && expert == experts - 1) offsets[experts] = offset + found;
-  place += offset;
-  if (own == 0) return;
-#pragma unroll 8
-  for (int base = begin; base < end; base += 32) {
-    const bool match = base + lane < end && expert_of(ids, id_bytes, base + lane, experts) == expert;
-    const unsigned votes = __ballot_sync(~0u, match);
-    if (match) lists[place + __popc(votes & ((1u << lane) - 1))] = base + lane;
-    place += __popc(votes);
+  int offset = 0, place = 0, count = 0;
+  for (int w = 0; w < kSortWarps; w++)
+    offset += below[w], place += w < warp ? mine[w] : 0, count += mine[w];
+  const bool writes = blockIdx.y == 0;
+  if (writes && thread == 0) offsets[expert] = offset;
+  if (writes && thread == 0 && expert == s.experts - 1) offsets[s.experts] = offset + count;
+  if (writes && thread < 2 && expert == 0) taken[thread] = 0;
+  if (own != 0)
+    for (int run = begin; run < end; run++) {
+      const unsigned votes = matches[run];
+      const int i = place + __popc(votes & ((1u << lane) - 1));
+      if (votes >> lane & 1) {
+        if (writes) lists[offset + i] = run * 32 + lane;
+        if (gathering.source) listed[i] = run * 32 + lane;
+      }
+      place += __popc(votes);
+    }
+  if (!gathering.source) return;
+  __syncthreads();
+  const int64_t first = first_group(offset, expert, s);
+  for (int group = blockIdx.y; group * kGroup < count; group += gridDim.y) {
+    const int i = group * kGroup + thread % kGroup;
+    gather_group(gathering, i < count ? listed[i] : -1, s.top_k, first + group);
   }
 }
 
-RouteLists sorted_routes(const wd_moe_shape &s, const void *scratch) {
-  const int32_t *offsets = (const int32_t *)scratch;
-  return {offsets, offsets + s.experts + 1};
+constexpr int kGatherThreads = 256;
+
+// grid (experts, parts of an expert's columns)
+__global__ void __launch_bounds__(kGatherThreads, 4)
+    gather_columns(const wd_moe_shape s, RouteLists lists, const Gathering gathering) {
+  wait_for_previous_grid();
+  allow_next_grid();
+  const int expert = blockIdx.x, offset = lists.offsets[expert], count = lists.offsets[expert + 1] - offset;
+  const int64_t first = first_group(offset, expert, s);
+  for (int group = blockIdx.y; group * kGroup < count; group += gridDim.y) {
+    const int i = group * kGroup + threadIdx.x % kGroup;
+    gather_group(gathering, i < count ? lists.routes[offset + i] : -1, s.top_k, first + group);
+  }
 }
 
-wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, const void *rows, void *target,
-                      int64_t row_count, int length, cudaStream_t stream) {
-  int32_t *offsets = (int32_t *)scratch;
-  const Arrangement arrangement = {rows, target, row_count, length};
-  const int64_t chunks = row_count * chunks_of(length);
-  const unsigned blocks = (unsigned)(s.experts + (chunks + kPrepareThreads - 1) / kPrepareThreads);
-  return launch("prepare_routes", prepare_routes, dim3(blocks), dim3(kPrepareThreads), 0, stream, false, ids,
-                s.id_bytes, (int)(s.tokens * s.top_k), s.experts, offsets, offsets + s.experts + 1, arrangement);
+RouteLists sorted_routes(const wd_moe_shape &s, void *scratch) {
+  int32_t *taken = (int32_t *)scratch;
+  return {taken + 2, taken + 2 + s.experts + 1, taken};
+}
+
+wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, const void *source, void *target,
+                      int parts, int length, cudaStream_t stream) {
+  const RouteLists lists = sorted_routes(s, scratch);
+  const Gathering gathering = {source, target, parts, length}, later = {};
+  const int64_t routes = s.tokens * s.top_k, groups = routes / kGroup / s.experts + 1; // of an expert, drawn evenly
+  const bool at_once = source != nullptr && routes <= kListedRoutes;
+  int blocks;
+  WD_TRY(multiprocessors(&blocks));
+  const int64_t room = 2 * blocks / s.experts + 1, splits = at_once ? (groups < room ? groups : room) : 1;
+  WD_TRY(launch("sort_by_expert", sort_by_expert, dim3((unsigned)s.experts, (unsigned)splits), dim3(kSortThreads), 0,
+                stream, false, s, ids, lists.taken, (int32_t *)lists.offsets, (int32_t *)lists.routes,
+                at_once ? gathering : later));
+  if (source == nullptr || at_once) return WD_OK;
+  return launch("gather_columns", gather_columns, dim3((unsigned)s.experts, (unsigned)(groups < 1024 ? groups : 1024)),
+                dim3(kGatherThreads), 0, stream, true, s, lists, gathering);
 }
 
 } // namespace wd

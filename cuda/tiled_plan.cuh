@@ -1,51 +1,46 @@
 // tiled_plan.cuh - the tiled schedule (tiled.cuh): its sizes, its shared memory, and which items a block serves.
 #pragma once
-#include "copies.cuh"
+#include "columns.cuh"
 #include "device.cuh"
 #include "launch.cuh"
-#include "routes.cuh"
+#include "tensor_map.cuh"
 #include "wgmma.cuh"
 
 namespace wd {
 
 constexpr int kWarpgroup = 128, kUnitRows = 128;
+constexpr int kUnits = 2; // of a block: a warpgroup multiplies one
+constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
+// One more warpgroup, of which one thread has everything brought: registers change hands between warpgroups.
+constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
+constexpr int kMultiplyingRegisters = 232, kBringingRegisters = 40;
+static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kTiledThreads / 8 * 8), "of a block");
+constexpr int kUnitBytes = kUnitRows * kStepBytes;        // of a step of a unit's rows
+constexpr int kGroupStepBytes = kStep / 8 * kMatrixBytes; // of a step of a group of columns
 constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 
-// The sizes of a kernel. MULTIPLIERS: warpgroups that multiply. COLUMNS: at a time. PRODUCERS: warps that bring
-// columns, each a part of every step. WEIGHTS_AHEAD, COLUMNS_AHEAD: steps of weights and of columns on their way or
-// ready. REGISTERS: of a multiplying thread.
-template <int MULTIPLIERS, int COLUMNS, int PRODUCERS, int WEIGHTS_AHEAD, int COLUMNS_AHEAD, int REGISTERS>
-struct TiledSizes {
-  static constexpr int kMultipliers = MULTIPLIERS, kColumns = COLUMNS, kProducers = PRODUCERS,
-                       kWeightsAhead = WEIGHTS_AHEAD, kStages = COLUMNS_AHEAD, kRegisters = REGISTERS;
-  static constexpr int kMultiplyingThreads = kWarpgroup * MULTIPLIERS;
-  static constexpr int kThreads = kMultiplyingThreads + 32 * PRODUCERS;
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static_assert(REGISTERS > kLaunchRegisters, "the multiplying threads take registers from the producing ones");
-  // what is left for a producing thread
-  static constexpr int kProducerRegisters = kLaunchRegisters * (MULTIPLIERS + 1) - REGISTERS * MULTIPLIERS;
-  // One matrix row of all columns. A matrix, eight of these, must not straddle 128 bytes: padded by 16 bytes, as would
-  // suit the copies' banks, the call at T = 4096 was 6% slower.
-  static constexpr int kMatrixBytes = COLUMNS * 16;
-  static constexpr int kColumnBytes = kStep / 8 * kMatrixBytes;           // of one step
-  static constexpr int kWarpBytes = 32 * kStepBytes;                      // of one step of a warp's 32 rows
-  static constexpr int kRowBytes = kWarpBytes * kMultiplyingThreads / 32; // of one step of all rows
+// COLUMNS: at a time. STAGES: steps of rows and columns on their way or ready. BOX: groups of columns brought at once.
+template <int COLUMNS, int STAGES, int BOX> struct TiledSizes {
+  static constexpr int kColumns = COLUMNS, kStages = STAGES, kBox = BOX;
 };
-// Up to so many routes an expert, reading the weights is all that counts: small tiles, and deep rings for columns.
+// Up to so many routes an expert, on average, reading the rows is all that counts: small tiles, and a deep ring.
 constexpr int kFewRoutes = 24;
-using FewRoutes = TiledSizes<2, 64, 4, 4, 6, 208>;
-using ManyRoutes = TiledSizes<2, 128, 4, 4, 4, 232>;
+using FewRoutes = TiledSizes<64, 5, 2>;
+using ManyRoutes = TiledSizes<128, 4, 4>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
   int units;        // of an expert
   RouteLists lists; // of sort_routes
+  int32_t *taken;   // how many items blocks have taken, beside a first one each
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do
 };
 
+// Routes [first, first + count) of the expert's list, whose columns begin at `group`. units == 0: no item.
 struct Item {
-  int expert, unit, units, first, count; // routes [first, first + count) of the expert's list
+  int expert, unit, units, first, count, group;
 };
+constexpr int kItems = 8; // places for items: the bringing thread is ahead by the stages, at most an item each
 
 __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
@@ -53,40 +48,33 @@ __device__ __forceinline__ int steps_of(int length) {
 
 // The shared memory of a block, all of it.
 template <class Sizes> struct TiledShared {
-  alignas(1024) uint8_t weights[Sizes::kWeightsAhead][Sizes::kRowBytes];
-  uint8_t columns[Sizes::kStages][Sizes::kColumnBytes];
-  uint64_t full[Sizes::kStages], empty[Sizes::kStages], routes_free[2];
+  alignas(1024) uint8_t rows[Sizes::kStages][kUnits][kUnitBytes];
+  uint8_t columns[Sizes::kStages][Sizes::kColumns / kGroup][kGroupStepBytes];
+  uint64_t full[Sizes::kStages], empty[Sizes::kStages];
+  Item items[kItems];                    // for the multiplying warps: there when the item's first step is
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
-  int32_t rows[2][Sizes::kColumns];      // of each column: which row of the source, -1 for none
 };
-
-// Barrier of the producer warps alone.
-template <class Sizes> __device__ __forceinline__ void producers_meet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(32 * Sizes::kProducers) : "memory");
-}
 
 // All threads: barriers, and the places of the experts' items.
 template <class Sizes, int ROUTES>
 __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
   const int thread = threadIdx.x;
-  constexpr int arrivals = Sizes::kMultiplyingThreads / 32;
   if (thread >= 32 && thread < 32 + Sizes::kStages) {
-    barrier_init(&shared.full[thread - 32], 32 * Sizes::kProducers);
-    barrier_init(&shared.empty[thread - 32], arrivals);
+    barrier_init(&shared.full[thread - 32], 1);
+    barrier_init(&shared.empty[thread - 32], kMultiplyingThreads / 32);
   }
-  if (thread >= 64 && thread < 66) barrier_init(&shared.routes_free[thread - 64], arrivals);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   if (thread < 32) {
-    const int granules = (plan.units + Sizes::kMultipliers - 1) / Sizes::kMultipliers;
+    const int blocks = (plan.units + kUnits - 1) / kUnits;
     int total = 0;
     for (int base = 0; base < s.experts; base += 32) {
       const int e = base + thread;
       int own = 0;
       if (e < s.experts) {
         shared.offsets[e] = plan.lists.offsets[e];
-        own = (plan.lists.offsets[e + 1] - shared.offsets[e] + ROUTES - 1) / ROUTES * granules;
+        own = (plan.lists.offsets[e + 1] - shared.offsets[e] + ROUTES - 1) / ROUTES * blocks;
       }
       int sum = own;
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -101,45 +89,50 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   __syncthreads();
 }
 
-// This block's items, one after another; every thread walks the same way.
-template <class Sizes, int ROUTES> struct Walk {
-  const TiledShared<Sizes> &shared;
-  const TiledPlan &plan;
-  int experts, position;
-
-  __device__ __forceinline__ Walk(const TiledShared<Sizes> &shared, const TiledPlan &plan, int experts)
-      : shared(shared), plan(plan), experts(experts), position(blockIdx.x) {
+// The item at `position`.
+template <class Sizes, int ROUTES>
+__device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &shared, const wd_moe_shape &s,
+                                        const TiledPlan &plan) {
+  Item item = {};
+  if (position >= shared.before[s.experts]) return item;
+  int low = 0, high = s.experts; // before[low] <= position < before[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (shared.before[middle] <= position)
+      low = middle;
+    else
+      high = middle;
   }
-  __device__ __forceinline__ bool next(Item *item) {
-    if (position >= shared.before[experts]) return false;
-    int low = 0, high = experts; // before[low] <= position < before[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (shared.before[middle] <= position)
-        low = middle;
-      else
-        high = middle;
-    }
-    // An expert's routes in equal parts: a last part of a few routes would read all its weights for them.
-    const int local = position - shared.before[low], first = shared.offsets[low];
-    const int count = shared.offsets[low + 1] - first, tiles = (count + ROUTES - 1) / ROUTES;
-    const int tile = local % tiles, share = (count + tiles - 1) / tiles; // neighbours share weights, in L2 at once
-    item->expert = low;
-    item->unit = local / tiles * Sizes::kMultipliers;
-    item->units = min(Sizes::kMultipliers, plan.units - item->unit);
-    item->first = first + tile * share;
-    item->count = min(share, count - tile * share);
-    position += gridDim.x;
-    return true;
-  }
-};
+  // An expert's routes in equal parts, of whole groups: a last part of a few routes would read all its rows for them.
+  const int local = position - shared.before[low], offset = shared.offsets[low];
+  const int count = shared.offsets[low + 1] - offset, tiles = (count + ROUTES - 1) / ROUTES;
+  const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
+  const int tile = local % tiles; // neighbours share rows, in L2 at once
+  item.expert = low;
+  item.unit = local / tiles * kUnits;
+  item.units = min(kUnits, plan.units - item.unit);
+  item.first = offset + tile * share;
+  item.count = min(share, count - tile * share);
+  item.group = first_group(offset, low, s) + tile * share / kGroup;
+  return item;
+}
 
 // Columns of the products that serve `count` routes, PARTS columns a route.
 template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int count) {
-  const int columns = PARTS * ((count + 7) / 8 * 8);
+  const int columns = PARTS * ((count + kGroup - 1) / kGroup * kGroup);
   if (columns <= 32) return columns <= 8 ? 8 : columns <= 16 ? 16 : 32;
   if (Sizes::kColumns <= 64 || columns <= 64) return 64;
   return columns <= 96 ? 96 : 128;
+}
+
+// Blocks that stay and take item after item; fewer where there cannot be as many items.
+inline wd_status tiled_grid(dim3 *grid, const wd_moe_shape &s, int units, int routes_per_item) {
+  int resident;
+  WD_TRY(multiprocessors(&resident));
+  const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
+  const int64_t items = (units + kUnits - 1) / kUnits * (lists + routes / routes_per_item);
+  *grid = dim3((unsigned)(items < resident ? items : resident));
+  return WD_OK;
 }
 
 } // namespace wd

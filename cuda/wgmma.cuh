@@ -54,10 +54,11 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// Where 16 values of k of the columns lie: two 8 x 16-byte matrices along k, `k_bytes` apart, repeated every 128 bytes
-// (8 columns). No swizzle: a matrix is 128 bytes in a row.
-__device__ __forceinline__ uint64_t columns_descriptor(uint32_t shared_address, uint32_t k_bytes) {
-  return (uint64_t)(shared_address >> 4) | (uint64_t)(k_bytes >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
+// Where 16 values of k of the columns lie: two 8 x 16-byte matrices along k, `k_bytes` apart, repeated every
+// `group_bytes` (8 columns). No swizzle: a matrix is 128 bytes in a row.
+__device__ __forceinline__ uint64_t columns_descriptor(uint32_t shared_address, uint32_t k_bytes,
+                                                       uint32_t group_bytes) {
+  return (uint64_t)(shared_address >> 4) | (uint64_t)(k_bytes >> 4) << 16 | (uint64_t)(group_bytes >> 4) << 32;
 }
 
 // ---- barriers in shared memory --------------------------------------------------------------------------------------
@@ -68,6 +69,15 @@ __device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned arrival
 __device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// Has the phase wait for so many bytes of copies; barrier_expect() arrives, too.
+__device__ __forceinline__ void barrier_promise(uint64_t *barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
 // Waits until the phase of this parity has ended. A barrier starts in phase 0; waiting for parity 1 then returns at
 // once, so that the first round of a ring finds its places empty.
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity) {
@@ -77,10 +87,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
                "r"(parity)
                : "memory");
 }
-// Makes what this thread stored to shared memory, or has waited for, visible to wgmma's reads.
-__device__ __forceinline__ void fence_for_wgmma() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+
+// ---- registers of a warpgroup ---------------------------------------------------------------------------------------
 
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));

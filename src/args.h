@@ -32,6 +32,13 @@ typedef struct {
   int32_t id_bytes;     /* 4 or 8: topk_ids are int32 or int64 */
 } wd_moe_shape;
 
+/* CUDA's tiled schedule keeps the columns of its products in groups of eight, by expert (cuda/columns.cuh): so many
+ * groups at most. Few routes: a group each; many: whole groups, and a last one for each expert. */
+static inline int64_t wd_column_groups(const wd_moe_shape *s) {
+  const int64_t routes = s->tokens * s->top_k, shared = routes / 8 + s->experts;
+  return routes < shared ? routes : shared;
+}
+
 typedef struct {
   wd_moe_shape shape;
   int32_t activation;        /* wd_activation */

@@ -16,6 +16,9 @@ typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED, WD_CUDA_TILED } wd_cuda_schedule
 #define WD_CUDA_DIRECT_MAX_TOP_K 16
 #define WD_CUDA_TILED_MAX_EXPERTS 512
 
+/* Most routes of one call of wd_gate_up_cuda or wd_down_cuda. */
+#define WD_CUDA_MOST_ROUTES (1 << 17)
+
 /* 1 when the schedule serves this shape on this device: tiled needs compute capability 9.0 and a build for it. */
 int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape);
 

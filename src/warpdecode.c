@@ -10,7 +10,7 @@
 enum { MAX_TOP_K = 1024, MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
 static const struct {
   int64_t routes, values;
-} cpu_pass = {1 << 15, 1 << 28}, cuda_pass = {1 << 17, 1 << 30};
+} cpu_pass = {1 << 15, 1 << 28}, cuda_pass = {WD_CUDA_MOST_ROUTES, 1 << 30};
 
 /* A checked call. Tensors an operation does not have are NULL. */
 typedef struct {
@@ -44,9 +44,11 @@ static int64_t pass_tokens(const wd_moe_shape *shape, int32_t device_type) {
 }
 
 static size_t pass_intermediate_bytes(const wd_moe_shape *shape, int32_t device_type) {
-  return round_up((size_t)pass_tokens(shape, device_type) * (size_t)shape->top_k *
-                  (size_t)wd_intermediate_parts(shape->dtype) * ((size_t)shape->intermediate + 31) / 32 * 32 *
-                  wd_dtype_size(shape->dtype));
+  wd_moe_shape pass = *shape;
+  pass.tokens = pass_tokens(shape, device_type);
+  const int64_t routes = device_type == kDLCUDA ? 8 * wd_column_groups(&pass) : pass.tokens * pass.top_k;
+  return round_up((size_t)routes * (size_t)wd_intermediate_parts(shape->dtype) *
+                  (((size_t)shape->intermediate + 31) / 32 * 32) * wd_dtype_size(shape->dtype));
 }
 
 static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
