@@ -39,14 +39,56 @@ static inline int64_t wd_column_groups(const wd_moe_shape *s) {
   return routes < shared ? routes : shared;
 }
 
+/* One projection of all experts, whatever its layout. Element k (an input) of row r (an output) of expert e lies
+ * offset + r * row_stride + k * k_stride elements behind the expert's first, which is pointers[e], or where there are
+ * no pointers data + e * expert_stride. Either k_stride is 1, or the weights are transposed and row_stride is 1 or 2.
+ */
+typedef struct {
+  const void *data;
+  const uint64_t *pointers; /* [E] addresses, in the memory of the weights' device; NULL: data */
+  int64_t expert_stride, offset, row_stride, k_stride;
+} wd_matrix;
+
+/* The biases of a projection: that of row r lies offset + r * row_stride elements behind the expert's first, as above.
+ * No biases: data and pointers are NULL. */
+typedef struct {
+  const void *data;
+  const uint64_t *pointers;
+  int64_t expert_stride, offset, row_stride;
+  wd_dtype dtype;
+} wd_bias;
+
+static inline int wd_bias_given(const wd_bias *bias) {
+  return bias->data != NULL || bias->pointers != NULL;
+}
+
+/* How a gate and an up become a value of the intermediate:
+ *
+ *   a     = at_most(activation(at_most(gate, limit_before)), limit_after)
+ *   value = a * (clamp(up, -up_limit, up_limit) + up_offset), or a where there is no up
+ *
+ * at_most and clamp pass a NaN on. A limit that is not given is infinity, an offset that is not given -0, which alone
+ * leaves every number as it is, the sign of a zero included. */
+typedef struct {
+  int32_t activation; /* wd_activation */
+  int32_t has_up;
+  float alpha; /* of silu: g / (1 + exp(-alpha g)) */
+  float limit_before, limit_after, up_limit, up_offset;
+} wd_gating;
+
 typedef struct {
   wd_moe_shape shape;
   int32_t activation;        /* wd_activation */
   const void *hidden_states; /* [T, H] */
   const void *topk_ids;      /* [T, K] */
-  const void *gate_up_proj;  /* [E, 2I, H] */
+  const void *gate_up_proj;  /* [E, 2I, H], where that is the layout */
   void *intermediate;        /* [T, K, P, I] */
   void *scratch;             /* the scratch bytes of this kernel family for this shape, contents undefined */
+  wd_matrix gate, up;        /* I rows of H each; up only where gating.has_up */
+  wd_bias gate_bias, up_bias;
+  wd_gating gating;
+  const void *topk_weights; /* [T, K]: multiply the sums of gate and up before the biases; NULL: they do not */
+  wd_dtype topk_weights_dtype;
 } wd_gate_up_args;
 
 typedef struct {
@@ -54,11 +96,13 @@ typedef struct {
   wd_dtype topk_weights_dtype;
   const void *intermediate; /* [T, K, P, I] */
   const void *topk_ids;     /* [T, K] */
-  const void *topk_weights; /* [T, K] */
-  const void *down_proj;    /* [E, H, I] */
+  const void *topk_weights; /* [T, K]; NULL: each is 1, because gate_up had them */
+  const void *down_proj;    /* [E, H, I], where that is the layout */
   void *output;             /* [T, H] */
-  void *scratch; /* as above; behind gate_up of the same call the scratch that it had, else with room behind it for an
-                  * intermediate, each row padded to a multiple of 32 values */
+  void *scratch;  /* as above; behind gate_up of the same call the scratch that it had, else with room behind it for an
+                   * intermediate, each row padded to a multiple of 32 values */
+  wd_matrix down; /* H rows of I */
+  wd_bias down_bias;
 } wd_down_args;
 
 #endif /* WD_ARGS_H */

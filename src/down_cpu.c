@@ -1,13 +1,12 @@
 /* down_cpu.c - the second operation on the CPU:
  *
- *   v[t,k,h]    = sum_i inter[t,k,i] D[e,h,i],   e = topk_ids[t,k]
+ *   v[t,k,h]    = sum_i inter[t,k,i] D[e,h,i] (+ bias),   e = topk_ids[t,k]
  *   output[t,h] = sum_k topk_weights[t,k] v[t,k,h],   one fmaf per valid slot, in slot order, rounded once
  *
  * A work item is a tile of hidden indices h: for every expert its rows of the tile against all its routes, the sums v
  * to scratch, then the combination of all tokens for this tile. So nothing has to wait for another worker, and the
  * weights of an expert come from memory once. Workers take items from a counter. Before that the intermediate is
  * widened to float (part 0 + part 1 * 2^-S, isa.h), once for all items. */
-#include "dtype.h"
 #include "plan_cpu.h"
 
 #include <stdatomic.h>
@@ -34,9 +33,7 @@ static void widen_task(void *context, int32_t worker, int32_t workers) {
 }
 
 static const char *rows_of(const down_call *call, int32_t active, int64_t h) {
-  const wd_moe_shape *const shape = &call->args->shape;
-  const int64_t row = call->plan->expert[active] * (int64_t)shape->hidden + h;
-  return (const char *)call->args->down_proj + row * shape->intermediate * (int64_t)wd_dtype_size(shape->dtype);
+  return wd_cpu_row_at(&call->args->down, call->args->shape.dtype, call->plan->expert[active], h);
 }
 
 /* v[route, h .. h + rows) for all routes; next_h is the tile that this worker will take after this one. */
@@ -47,6 +44,8 @@ static void project(const down_call *call, int64_t h, int64_t rows, int64_t next
     const char *const weights = rows_of(call, active, h);
     const char *const next = active + 1 < plan->experts ? rows_of(call, active + 1, h) : rows_of(call, 0, next_h);
     const int32_t end = plan->begin[active + 1];
+    float biases[WD_MAX_TILE];
+    const float *const bias = wd_cpu_bias(&call->args->down_bias, plan->expert[active], h, rows, biases);
     for (int32_t begin = plan->begin[active]; begin < end; begin += WD_MAX_VECTORS) {
       const int32_t count = end - begin < WD_MAX_VECTORS ? end - begin : WD_MAX_VECTORS;
       const float *vectors[WD_MAX_VECTORS];
@@ -56,20 +55,15 @@ static void project(const down_call *call, int64_t h, int64_t rows, int64_t next
         vectors[v] = plan->vectors + route * wd_lane_count(I);
         sums[v] = plan->sums + route * H + h;
       }
-      call->loops->dots(weights, next, rows, I, vectors, count, sums);
+      wd_cpu_dots(call->loops, &call->args->down, weights, next, rows, I, vectors, count, sums);
+      for (int32_t v = 0; v < count; v++)
+        wd_cpu_add_bias(sums[v], bias, rows);
     }
   }
 }
 
 static float weight_of(const wd_down_args *args, int64_t route) {
-  switch (args->topk_weights_dtype) {
-  case WD_F16:
-    return wd_f16_to_float(((const uint16_t *)args->topk_weights)[route]);
-  case WD_BF16:
-    return wd_bf16_to_float(((const uint16_t *)args->topk_weights)[route]);
-  default:
-    return ((const float *)args->topk_weights)[route];
-  }
+  return args->topk_weights == NULL ? 1.0f : wd_cpu_float_at(args->topk_weights, args->topk_weights_dtype, route);
 }
 
 /* output[t, h .. h + rows) for all tokens. */

@@ -1,8 +1,9 @@
 /* gate_up_cpu.c - the first operation on the CPU:
  *
- *   inter[t,k,i] = activation(sum_h x[t,h] W[e,i,h]) * sum_h x[t,h] W[e,I+i,h],   e = topk_ids[t,k]
+ *   gate         = sum_h x[t,h] G[e,i,h] (* weight) (+ bias),  up likewise,   e = topk_ids[t,k]
+ *   inter[t,k,i] = activation(gate) * up, with the limits and offsets of wd_gating
  *
- * A work item is a tile of neurons i of one expert: its gate rows and its up rows, each a contiguous stretch of memory,
+ * A work item is a tile of neurons i of one expert: its gate rows and its up rows, where the layout has them (args.h),
  * against all tokens routed to the expert, WD_MAX_VECTORS at a time. So the weights of an expert come from memory once
  * however many tokens it has. Workers take items from a counter. Before that the hidden states are widened to float,
  * once for all items. */
@@ -12,6 +13,7 @@
 
 typedef struct {
   const wd_gate_up_args *args;
+  const wd_cpu_isa *isa;
   const wd_isa_loops *loops;
   const wd_cpu_plan *plan;
   atomic_llong next_item;
@@ -32,21 +34,32 @@ typedef struct {
   int64_t i, rows;
 } gate_up_item;
 
-static const char *gate_rows_of(const gate_up_call *call, gate_up_item item) {
-  const wd_moe_shape *const shape = &call->args->shape;
-  const int64_t row = call->plan->expert[item.active] * 2 * (int64_t)shape->intermediate + item.i;
-  return (const char *)call->args->gate_up_proj + row * shape->hidden * (int64_t)wd_dtype_size(shape->dtype);
+static const char *rows_of(const gate_up_call *call, gate_up_item item, const wd_matrix *matrix) {
+  return wd_cpu_row_at(matrix, call->args->shape.dtype, call->plan->expert[item.active], item.i);
+}
+
+/* The finished sums of a route: weighted, where the weight belongs to the input, then the bias. */
+static void finish(const wd_gate_up_args *args, int64_t route, const float *bias, int64_t rows, float *sums) {
+  if (args->topk_weights != NULL) {
+    const float weight = wd_cpu_float_at(args->topk_weights, args->topk_weights_dtype, route);
+    for (int64_t j = 0; j < rows; j++)
+      sums[j] *= weight;
+  }
+  wd_cpu_add_bias(sums, bias, rows);
 }
 
 static void compute_item(const gate_up_call *call, gate_up_item item, const char *next) {
-  const wd_moe_shape *const shape = &call->args->shape;
+  const wd_gate_up_args *const args = call->args;
   const wd_cpu_plan *const plan = call->plan;
-  const int64_t I = shape->intermediate, H = shape->hidden;
-  const int64_t size = (int64_t)wd_dtype_size(shape->dtype);
-  const int parts = wd_intermediate_parts(shape->dtype);
-  const char *const gate_rows = gate_rows_of(call, item);
-  const char *const up_rows = gate_rows + I * H * size;
-  const int32_t end = plan->begin[item.active + 1];
+  const int64_t I = args->shape.intermediate, H = args->shape.hidden;
+  const int64_t size = (int64_t)wd_dtype_size(args->shape.dtype);
+  const int parts = wd_intermediate_parts(args->shape.dtype), has_up = args->gating.has_up;
+  const int32_t expert = plan->expert[item.active], end = plan->begin[item.active + 1];
+  const char *const gate_rows = rows_of(call, item, &args->gate);
+  const char *const up_rows = has_up ? rows_of(call, item, &args->up) : NULL;
+  float gate_biases[WD_MAX_TILE], up_biases[WD_MAX_TILE];
+  const float *const gate_bias = wd_cpu_bias(&args->gate_bias, expert, item.i, item.rows, gate_biases);
+  const float *const up_bias = wd_cpu_bias(&args->up_bias, expert, item.i, item.rows, up_biases);
 
   for (int32_t begin = plan->begin[item.active]; begin < end; begin += WD_MAX_VECTORS) {
     const int32_t count = end - begin < WD_MAX_VECTORS ? end - begin : WD_MAX_VECTORS;
@@ -54,16 +67,20 @@ static void compute_item(const gate_up_call *call, gate_up_item item, const char
     const float *vectors[WD_MAX_VECTORS];
     float *gate_sums[WD_MAX_VECTORS], *up_sums[WD_MAX_VECTORS];
     for (int32_t v = 0; v < count; v++) {
-      vectors[v] = plan->vectors + plan->route[begin + v] / shape->top_k * wd_lane_count(H);
+      vectors[v] = plan->vectors + plan->route[begin + v] / args->shape.top_k * wd_lane_count(H);
       gate_sums[v] = gate[v];
       up_sums[v] = up[v];
     }
-    call->loops->dots(gate_rows, up_rows, item.rows, H, vectors, count, gate_sums);
-    call->loops->dots(up_rows, next, item.rows, H, vectors, count, up_sums);
+    wd_cpu_dots(call->loops, &args->gate, gate_rows, has_up ? up_rows : next, item.rows, H, vectors, count, gate_sums);
+    if (has_up) wd_cpu_dots(call->loops, &args->up, up_rows, next, item.rows, H, vectors, count, up_sums);
     for (int32_t v = 0; v < count; v++) {
-      char *const part0 = (char *)call->args->intermediate + (plan->route[begin + v] * parts * I + item.i) * size;
+      const int64_t route = plan->route[begin + v];
+      char *const part0 = (char *)args->intermediate + (route * parts * I + item.i) * size;
       char *const part1 = parts == 2 ? part0 + I * size : NULL;
-      call->loops->glu(gate[v], up[v], item.rows, call->args->activation, part0, part1);
+      finish(args, route, gate_bias, item.rows, gate[v]);
+      if (has_up) finish(args, route, up_bias, item.rows, up[v]);
+      call->isa->glu(gate[v], up[v], item.rows, &args->gating);
+      call->loops->split(gate[v], item.rows, part0, part1);
     }
   }
 }
@@ -85,7 +102,7 @@ static void gate_up_task(void *context, int32_t worker, int32_t workers) {
   gate_up_item item = take_item(call, workers);
   while (item.rows > 0) {
     const gate_up_item next = take_item(call, workers); /* taken early so that its weights can be prefetched */
-    compute_item(call, item, gate_rows_of(call, next.rows > 0 ? next : item));
+    compute_item(call, item, rows_of(call, next.rows > 0 ? next : item, &call->args->gate));
     item = next;
   }
 }
@@ -94,9 +111,9 @@ void wd_gate_up_cpu(const wd_gate_up_args *args, const wd_cpu_isa *isa, wd_threa
   const wd_moe_shape *const shape = &args->shape;
   const wd_cpu_plan plan = wd_cpu_plan_make(shape, args->topk_ids, args->scratch);
   if (plan.experts == 0) return;
-  gate_up_call call = {.args = args, .loops = &isa->loops[shape->dtype], .plan = &plan};
+  gate_up_call call = {.args = args, .isa = isa, .loops = &isa->loops[shape->dtype], .plan = &plan};
   atomic_init(&call.next_item, 0);
   wd_threads_run(wd_cpu_worthwhile(threads, shape->tokens * shape->hidden), widen_task, &call);
-  const int64_t products = plan.routes * 2 * shape->intermediate * shape->hidden;
+  const int64_t products = plan.routes * (args->gating.has_up ? 2 : 1) * shape->intermediate * shape->hidden;
   wd_threads_run(wd_cpu_worthwhile(threads, products), gate_up_task, &call);
 }

@@ -19,6 +19,9 @@
 #include "args.h"
 #include "cpu.h"
 
+/* For loops whose parameters are constants at the place where they are inlined. */
+#define WD_INLINE static inline __attribute__((always_inline))
+
 enum {
   WD_LANES = 32,
   WD_ROW_STEP = 8,    /* numbers of rows are multiples of this (because H and I are) */
@@ -32,13 +35,23 @@ static inline int64_t wd_lane_count(int64_t n) {
 /* vector[0 .. wd_lane_count(n)) = part0[j] + part1[j] * 2^-S (args.h) in lane order; part1 NULL: part0 alone. */
 typedef void wd_widen_fn(const void *part0, const void *part1, int64_t n, float *vector);
 
-/* sums[v][r] = weights[r, :] . vectors[v], r < rows (a multiple of WD_ROW_STEP), v < count <= WD_MAX_VECTORS. `next` is
- * where weights will be read after these, a hint that is never dereferenced. */
-typedef void wd_dots_fn(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                        int32_t count, float *const *sums);
+/* Rows of weights: element k of row r lies r * row_stride + k * k_stride elements behind `first`. `next` is where rows
+ * of the same strides will be read after these, a hint that is never dereferenced. */
+typedef struct {
+  const void *first, *next;
+  int64_t row_stride, k_stride;
+} wd_rows;
 
-/* part0[j] + part1[j] * 2^-S = activation(gate[j]) * up[j], rounded as warpdecode.h says; part1 is NULL for float32. */
-typedef void wd_glu_fn(const float *gate, const float *up, int64_t n, int32_t activation, void *part0, void *part1);
+/* sums[v][r] = weights[r, :] . vectors[v], r < rows (a multiple of WD_ROW_STEP), v < count <= WD_MAX_VECTORS. `dots` is
+ * for k_stride 1, `dots_transposed` for any other, with row_stride 1 or 2. */
+typedef void wd_dots_fn(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                        float *const *sums);
+
+/* gate[j] = the value that gate[j] and up[j] become (args.h); up[j] is overwritten. */
+typedef void wd_glu_fn(float *gate, float *up, int64_t n, const wd_gating *gating);
+
+/* part0[j] + part1[j] * 2^-S = value[j], rounded as warpdecode.h says; part1 is NULL for float32. */
+typedef void wd_split_fn(const float *value, int64_t n, void *part0, void *part1);
 
 /* sum[j] = fmaf(weight, term[j], sum[j]) */
 typedef void wd_add_scaled_fn(float weight, const float *term, int64_t n, float *sum);
@@ -49,14 +62,15 @@ typedef void wd_narrow_fn(const float *sum, int64_t n, void *output);
 /* The loops that depend on the dtype. */
 typedef struct {
   wd_widen_fn *widen;
-  wd_dots_fn *dots;
-  wd_glu_fn *glu;
+  wd_dots_fn *dots, *dots_transposed;
+  wd_split_fn *split;
   wd_narrow_fn *narrow;
 } wd_isa_loops;
 
 struct wd_cpu_isa {
   const char *name;
   const char *description;
+  wd_glu_fn *glu;
   wd_add_scaled_fn *add_scaled;
   wd_isa_loops loops[3]; /* by wd_dtype */
 };

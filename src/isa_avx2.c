@@ -63,6 +63,7 @@ WD_INLINE void load_group_bf16(const char *group, int64_t count, vec lanes[VECS]
 const struct wd_cpu_isa wd_isa_avx2 = {
     .name = "cpu_avx2",
     .description = "x86-64 with AVX2, FMA and F16C",
+    .glu = loops_glu,
     .add_scaled = loops_add_scaled,
     .loops = WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16),
 };

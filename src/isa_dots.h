@@ -16,7 +16,6 @@
 
 #include "isa_loops.h"
 
-#define WD_INLINE static inline __attribute__((always_inline))
 enum {
   BLOCK_MAX_ROWS = 4,
   /* How far ahead of their use weights are fetched into the second-level cache, at least: whole blocks of rows. Rows
@@ -84,16 +83,17 @@ WD_INLINE void dots_block(load_group_fn *load_group, int64_t size, weight_rows w
 }
 
 /* All rows times `block` vectors. */
-WD_INLINE void dots_rows(load_group_fn *load_group, int64_t size, const char *weights, const char *next, int64_t rows,
-                         int64_t n, const float *const *vectors, float *const *sums, int block) {
+WD_INLINE void dots_rows(load_group_fn *load_group, int64_t size, wd_rows weights, int64_t rows, int64_t n,
+                         const float *const *vectors, float *const *sums, int block) {
   const int step = BLOCK_ROWS(block);
-  const int64_t row_bytes = n * size;
-  const int64_t distance = (PREFETCH_BYTES + step * row_bytes - 1) / (step * row_bytes) * step;
+  const char *const first = weights.first, *const next = weights.next;
+  const int64_t row_bytes = weights.row_stride * size;
+  const int64_t distance = (PREFETCH_BYTES + step * n * size - 1) / (step * n * size) * step;
   for (int64_t r = 0; r < rows; r += step) {
     const int64_t left = rows - r - distance;
     const weight_rows block_rows = {
-        .row = weights + r * row_bytes,
-        .ahead = left > 0 ? weights + (r + distance) * row_bytes : next - left * row_bytes,
+        .row = first + r * row_bytes,
+        .ahead = left > 0 ? first + (r + distance) * row_bytes : next - left * row_bytes,
         .row_bytes = row_bytes,
     };
     dots_block(load_group, size, block_rows, n, vectors, sums, r, step, block);
@@ -101,30 +101,30 @@ WD_INLINE void dots_rows(load_group_fn *load_group, int64_t size, const char *we
 }
 
 /* A wd_dots_fn for weights of `size` bytes. */
-WD_INLINE void dots(load_group_fn *load_group, int64_t size, const void *weights, const void *next, int64_t rows,
-                    int64_t n, const float *const *vectors, int32_t count, float *const *sums) {
+WD_INLINE void dots(load_group_fn *load_group, int64_t size, wd_rows weights, int64_t rows, int64_t n,
+                    const float *const *vectors, int32_t count, float *const *sums) {
   int32_t v = 0;
   for (; count - v >= 3; v += 3)
-    dots_rows(load_group, size, weights, next, rows, n, vectors + v, sums + v, 3);
-  if (count - v == 2) dots_rows(load_group, size, weights, next, rows, n, vectors + v, sums + v, 2);
-  if (count - v == 1) dots_rows(load_group, size, weights, next, rows, n, vectors + v, sums + v, 1);
+    dots_rows(load_group, size, weights, rows, n, vectors + v, sums + v, 3);
+  if (count - v == 2) dots_rows(load_group, size, weights, rows, n, vectors + v, sums + v, 2);
+  if (count - v == 1) dots_rows(load_group, size, weights, rows, n, vectors + v, sums + v, 1);
 }
 
 WD_INLINE load_group_fn load_group_f32, load_group_f16, load_group_bf16;
 
-static void dots_f32(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                     int32_t count, float *const *sums) {
-  dots(load_group_f32, sizeof(float), weights, next, rows, n, vectors, count, sums);
+static void dots_f32(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                     float *const *sums) {
+  dots(load_group_f32, sizeof(float), weights, rows, n, vectors, count, sums);
 }
 
-static void dots_f16(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                     int32_t count, float *const *sums) {
-  dots(load_group_f16, sizeof(uint16_t), weights, next, rows, n, vectors, count, sums);
+static void dots_f16(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                     float *const *sums) {
+  dots(load_group_f16, sizeof(uint16_t), weights, rows, n, vectors, count, sums);
 }
 
-static void dots_bf16(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                      int32_t count, float *const *sums) {
-  dots(load_group_bf16, sizeof(uint16_t), weights, next, rows, n, vectors, count, sums);
+static void dots_bf16(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                      float *const *sums) {
+  dots(load_group_bf16, sizeof(uint16_t), weights, rows, n, vectors, count, sums);
 }
 
 #endif /* WD_ISA_DOTS_H */

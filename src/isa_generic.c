@@ -26,10 +26,10 @@ static void load_group_bf16(const void *row, int64_t begin, int64_t count, float
   }
 }
 
-static inline void dots(load_group_fn *load_group, size_t weight_bytes, const void *weights, int64_t rows, int64_t n,
+static inline void dots(load_group_fn *load_group, size_t weight_bytes, wd_rows weights, int64_t rows, int64_t n,
                         const float *const *vectors, int32_t count, float *const *sums) {
   for (int64_t r = 0; r < rows; r++) {
-    const void *const row = (const char *)weights + (size_t)(r * n) * weight_bytes;
+    const void *const row = (const char *)weights.first + (size_t)(r * weights.row_stride) * weight_bytes;
     float acc[WD_MAX_VECTORS][WD_LANES];
     memset(acc, 0, (size_t)count * sizeof acc[0]);
     for (int64_t begin = 0; begin < n; begin += WD_LANES) {
@@ -48,27 +48,25 @@ static inline void dots(load_group_fn *load_group, size_t weight_bytes, const vo
   }
 }
 
-static void dots_f32(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                     int32_t count, float *const *sums) {
-  (void)next;
+static void dots_f32(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                     float *const *sums) {
   dots(load_group_f32, sizeof(float), weights, rows, n, vectors, count, sums);
 }
 
-static void dots_f16(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                     int32_t count, float *const *sums) {
-  (void)next;
+static void dots_f16(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                     float *const *sums) {
   dots(load_group_f16, sizeof(uint16_t), weights, rows, n, vectors, count, sums);
 }
 
-static void dots_bf16(const void *weights, const void *next, int64_t rows, int64_t n, const float *const *vectors,
-                      int32_t count, float *const *sums) {
-  (void)next;
+static void dots_bf16(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
+                      float *const *sums) {
   dots(load_group_bf16, sizeof(uint16_t), weights, rows, n, vectors, count, sums);
 }
 
 const struct wd_cpu_isa wd_isa_generic = {
     .name = "cpu_generic",
     .description = "plain C, any CPU",
+    .glu = loops_glu,
     .add_scaled = loops_add_scaled,
     .loops = WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16),
 };

@@ -8,6 +8,7 @@
 #include "activation.h"
 #include "dtype.h"
 #include "isa.h"
+#include "isa_transposed.h"
 
 static void loops_widen_f32(const void *part0, const void *part1, int64_t n, float *vector) {
   (void)part1; /* float32 has one part */
@@ -43,8 +44,42 @@ static void loops_widen_bf16(const void *part0, const void *part1, int64_t n, fl
   }
 }
 
-static inline float loops_glu(float gate, float up, int32_t activation) {
-  return (activation == WD_ACTIVATION_SILU ? wd_silu(gate) : wd_gelu_tanh(gate)) * up;
+static void loops_at_most(float *values, int64_t n, float limit) {
+  for (int64_t j = 0; j < n; j++)
+    values[j] = values[j] > limit ? limit : values[j]; /* a NaN stays one */
+}
+
+/* Loop after loop over a tile, which the first-level cache holds, so that each vectorises by itself. */
+static void loops_glu(float *gate, float *up, int64_t n, const wd_gating *gating) {
+  loops_at_most(gate, n, gating->limit_before);
+  switch (gating->activation) {
+  case WD_ACTIVATION_SILU:
+    for (int64_t j = 0; j < n; j++)
+      gate[j] = wd_silu(gate[j], gating->alpha);
+    break;
+  case WD_ACTIVATION_GELU_TANH:
+    for (int64_t j = 0; j < n; j++)
+      gate[j] = wd_gelu_tanh(gate[j]);
+    break;
+  case WD_ACTIVATION_GELU:
+    for (int64_t j = 0; j < n; j++)
+      gate[j] = wd_gelu(gate[j]);
+    break;
+  case WD_ACTIVATION_RELU:
+    for (int64_t j = 0; j < n; j++)
+      gate[j] = wd_relu(gate[j]);
+    break;
+  default:
+    for (int64_t j = 0; j < n; j++)
+      gate[j] = wd_relu2(gate[j]);
+  }
+  loops_at_most(gate, n, gating->limit_after);
+  if (!gating->has_up) return;
+  loops_at_most(up, n, gating->up_limit);
+  for (int64_t j = 0; j < n; j++)
+    up[j] = up[j] < -gating->up_limit ? -gating->up_limit : up[j];
+  for (int64_t j = 0; j < n; j++)
+    gate[j] *= up[j] + gating->up_offset;
 }
 
 /* What part0 lost: value - part0, or 0 where part0 is not finite. */
@@ -53,31 +88,28 @@ static inline float loops_remainder(float value, float part0) {
   return fabsf(part0) < INFINITY ? remainder : 0.0f;
 }
 
-static void loops_glu_f32(const float *gate, const float *up, int64_t n, int32_t activation, void *part0, void *part1) {
+static void loops_split_f32(const float *value, int64_t n, void *part0, void *part1) {
   (void)part1;
-  float *const value = part0;
+  float *const high = part0;
   for (int64_t j = 0; j < n; j++)
-    value[j] = wd_float_to_f32(loops_glu(gate[j], up[j], activation));
+    high[j] = wd_float_to_f32(value[j]);
 }
 
-static void loops_glu_f16(const float *gate, const float *up, int64_t n, int32_t activation, void *part0, void *part1) {
+static void loops_split_f16(const float *value, int64_t n, void *part0, void *part1) {
   uint16_t *const high = part0;
   uint16_t *const low = part1;
   for (int64_t j = 0; j < n; j++) {
-    const float value = loops_glu(gate[j], up[j], activation);
-    high[j] = wd_float_to_f16(value);
-    low[j] = wd_float_to_f16(loops_remainder(value, wd_f16_to_float(high[j])) * (1 << WD_F16_LOW_SHIFT));
+    high[j] = wd_float_to_f16(value[j]);
+    low[j] = wd_float_to_f16(loops_remainder(value[j], wd_f16_to_float(high[j])) * (1 << WD_F16_LOW_SHIFT));
   }
 }
 
-static void loops_glu_bf16(const float *gate, const float *up, int64_t n, int32_t activation, void *part0,
-                           void *part1) {
+static void loops_split_bf16(const float *value, int64_t n, void *part0, void *part1) {
   uint16_t *const high = part0;
   uint16_t *const low = part1;
   for (int64_t j = 0; j < n; j++) {
-    const float value = loops_glu(gate[j], up[j], activation);
-    high[j] = wd_float_to_bf16(value);
-    low[j] = wd_float_to_bf16(loops_remainder(value, wd_bf16_to_float(high[j])));
+    high[j] = wd_float_to_bf16(value[j]);
+    low[j] = wd_float_to_bf16(loops_remainder(value[j], wd_bf16_to_float(high[j])));
   }
 }
 
@@ -107,9 +139,9 @@ static void loops_narrow_bf16(const float *sum, int64_t n, void *output) {
 /* The initialiser of wd_cpu_isa.loops around three dot products. */
 #define WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16)                                                                    \
   {                                                                                                                    \
-      [WD_F32] = {loops_widen_f32, dots_f32, loops_glu_f32, loops_narrow_f32},                                         \
-      [WD_F16] = {loops_widen_f16, dots_f16, loops_glu_f16, loops_narrow_f16},                                         \
-      [WD_BF16] = {loops_widen_bf16, dots_bf16, loops_glu_bf16, loops_narrow_bf16},                                    \
+      [WD_F32] = {loops_widen_f32, dots_f32, transposed_f32, loops_split_f32, loops_narrow_f32},                       \
+      [WD_F16] = {loops_widen_f16, dots_f16, transposed_f16, loops_split_f16, loops_narrow_f16},                       \
+      [WD_BF16] = {loops_widen_bf16, dots_bf16, transposed_bf16, loops_split_bf16, loops_narrow_bf16},                 \
   }
 
 #endif /* WD_ISA_LOOPS_H */

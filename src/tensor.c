@@ -94,12 +94,29 @@ wd_status wd_check_float(const DLTensor *tensor, const char *name, int float32_t
   return WD_OK;
 }
 
+static const char *const dtype_names[] = {"float32", "float16", "bfloat16"}; /* by wd_dtype */
+
 wd_status wd_check_same_dtype(const DLTensor *tensor, const char *name, wd_dtype dtype, const char *other) {
-  static const char *const names[] = {"float32", "float16", "bfloat16"};
   char was[48];
   wd_dtype own = WD_F32;
   WD_CHECK(float_dtype(tensor->dtype, &own) && own == dtype, WD_INVALID_ARGUMENT, "%s: dtype was %s, expected %s as %s",
-           name, dtype_text(was, tensor->dtype), names[dtype], other);
+           name, dtype_text(was, tensor->dtype), dtype_names[dtype], other);
+  return WD_OK;
+}
+
+wd_status wd_check_float_or(const DLTensor *tensor, const char *name, wd_dtype dtype, wd_dtype *own) {
+  char was[48];
+  WD_CHECK(float_dtype(tensor->dtype, own) && (*own == dtype || *own == WD_F32), WD_INVALID_ARGUMENT,
+           "%s: dtype was %s, expected %s%s", name, dtype_text(was, tensor->dtype), dtype_names[dtype],
+           dtype == WD_F32 ? "" : " or float32");
+  return WD_OK;
+}
+
+wd_status wd_check_addresses(const DLTensor *tensor, const char *name) {
+  char was[48];
+  const DLDataType dtype = tensor->dtype;
+  WD_CHECK((dtype.code == kDLInt || dtype.code == kDLUInt) && dtype.lanes == 1 && dtype.bits == 64, WD_INVALID_ARGUMENT,
+           "%s: dtype was %s, expected int64 or uint64", name, dtype_text(was, dtype));
   return WD_OK;
 }
 

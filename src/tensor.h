@@ -23,6 +23,12 @@ wd_status wd_check_float(const DLTensor *tensor, const char *name, int float32_t
 /* Equal to `dtype`, which is that of `other`. */
 wd_status wd_check_same_dtype(const DLTensor *tensor, const char *name, wd_dtype dtype, const char *other);
 
+/* `dtype` or float32; *own becomes it. */
+wd_status wd_check_float_or(const DLTensor *tensor, const char *name, wd_dtype dtype, wd_dtype *own);
+
+/* int64 or uint64. */
+wd_status wd_check_addresses(const DLTensor *tensor, const char *name);
+
 /* int32 or int64; *bytes becomes 4 or 8. */
 wd_status wd_check_ids(const DLTensor *tensor, const char *name, int32_t *bytes);
 

@@ -1,20 +1,18 @@
 /* warpdecode.c - the API's three operations: check, choose, fill args, launch, and nothing between. */
+#include "experts.h"
 #include "schedule.h"
-#include "tensor.h"
-
-#include <string.h>
 
 /* A pass serves at most so many routes, and so many values of intermediate and result (4 bytes each); larger calls run
  * pass after pass. That bounds the workspace. On CUDA passes are larger, or they would read the experts too often: of
  * 256, with top_k 8, a pass of 32768 routes serves 128 tokens each. */
-enum { MAX_TOP_K = 1024, MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
+enum { MAX_TOP_K = 1024 };
 static const struct {
   int64_t routes, values;
 } cpu_pass = {1 << 15, 1 << 28}, cuda_pass = {WD_CUDA_MOST_ROUTES, 1 << 30};
 
 /* A checked call. Tensors an operation does not have are NULL. */
 typedef struct {
-  wd_moe_experts experts;
+  wd_experts experts;
   wd_moe_shape shape; /* tokens: of the whole call */
   DLDevice device;
   const DLTensor *hidden_states, *topk_ids, *topk_weights, *intermediate, *output;
@@ -59,51 +57,10 @@ static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
          (device_type == kDLCUDA ? wd_cuda_scratch_bytes(&pass) : wd_cpu_scratch_bytes(&pass));
 }
 
-/* Vector loads on CUDA are 16 bytes and need their alignment; on the CPU an element's will do, because checkpoints
- * mapped into memory lie anywhere. */
-static size_t float_alignment(const call *c) {
-  return c->device.device_type == kDLCUDA ? 16 : wd_dtype_size(c->shape.dtype);
-}
-
-/* The description of the layer: fills c->experts, c->device and all of c->shape but tokens, top_k and id_bytes. */
 static wd_status check_experts(call *c, const wd_moe_experts *experts) {
-  WD_CHECK(experts != NULL, WD_INVALID_ARGUMENT, "experts: was NULL, expected a wd_moe_experts");
-  WD_CHECK(experts->struct_size >= sizeof(size_t) + 2 * sizeof(void *) + sizeof(int32_t) &&
-               experts->struct_size <= sizeof c->experts,
-           WD_INVALID_ARGUMENT,
-           "experts: struct_size was %zu, expected %zu; a larger one comes from a newer warpdecode.h than this library",
-           experts->struct_size, sizeof c->experts);
-  memcpy(&c->experts, experts, experts->struct_size);
-  const DLTensor *gate_up = c->experts.gate_up_proj, *down = c->experts.down_proj;
-  const int64_t any[3] = {WD_ANY, WD_ANY, WD_ANY};
-  WD_TRY(wd_check_shape(gate_up, "gate_up_proj", 3, any, "[E, 2I, H]"));
-  WD_CHECK(gate_up->device.device_type == kDLCPU || gate_up->device.device_type == kDLCUDAHost ||
-               gate_up->device.device_type == kDLCUDA,
-           WD_UNSUPPORTED, "gate_up_proj: DLPack device type was %d, expected %d (CPU) or %d (CUDA)",
-           (int)gate_up->device.device_type, (int)kDLCPU, (int)kDLCUDA);
-  c->device = gate_up->device;
-  if (c->device.device_type == kDLCUDAHost) c->device = (DLDevice){kDLCPU, 0};
-  const int64_t experts_count = gate_up->shape[0], rows = gate_up->shape[1], hidden = gate_up->shape[2];
-  WD_CHECK(experts_count >= 1 && experts_count <= MAX_EXPERTS, WD_INVALID_ARGUMENT,
-           "gate_up_proj: number of experts was %lld, expected 1 to %d", (long long)experts_count, MAX_EXPERTS);
-  WD_CHECK(hidden >= 8 && hidden % 8 == 0 && hidden <= MAX_SIZE, WD_UNSUPPORTED,
-           "gate_up_proj: hidden size H was %lld, expected a multiple of 8 from 8 to %d", (long long)hidden, MAX_SIZE);
-  WD_CHECK(rows >= 16 && rows % 16 == 0 && rows / 2 <= MAX_SIZE, WD_UNSUPPORTED,
-           "gate_up_proj: 2I was %lld rows, expected twice a multiple of 8 from 8 to %d", (long long)rows, MAX_SIZE);
-  WD_TRY(wd_check_float(gate_up, "gate_up_proj", c->device.device_type == kDLCPU, &c->shape.dtype));
-  WD_TRY(wd_check_data(gate_up, "gate_up_proj", float_alignment(c)));
-  const int64_t down_shape[3] = {experts_count, hidden, rows / 2};
-  WD_TRY(wd_check_shape(down, "down_proj", 3, down_shape, "[E, H, I]"));
-  WD_TRY(wd_check_same_dtype(down, "down_proj", c->shape.dtype, "gate_up_proj"));
-  WD_TRY(wd_check_device(down, "down_proj", c->device, "gate_up_proj"));
-  WD_TRY(wd_check_data(down, "down_proj", float_alignment(c)));
-  const int32_t activation = c->experts.activation;
-  WD_CHECK(activation == WD_ACTIVATION_SILU || activation == WD_ACTIVATION_GELU_TANH, WD_INVALID_ARGUMENT,
-           "experts: activation was %d, expected %d (silu) or %d (gelu_tanh)", activation, WD_ACTIVATION_SILU,
-           WD_ACTIVATION_GELU_TANH);
-  c->shape.experts = (int32_t)experts_count;
-  c->shape.hidden = (int32_t)hidden;
-  c->shape.intermediate = (int32_t)(rows / 2);
+  WD_TRY(wd_check_experts(experts, &c->experts));
+  c->shape = c->experts.shape;
+  c->device = c->experts.device;
   return WD_OK;
 }
 
@@ -139,7 +96,7 @@ static wd_status check_tensors(call *c) {
     WD_TRY(wd_check_shape(floats[i].tensor, floats[i].name, floats[i].ndim, floats[i].shape, floats[i].letters));
     WD_TRY(wd_check_same_dtype(floats[i].tensor, floats[i].name, s->dtype, "gate_up_proj"));
     WD_TRY(wd_check_device(floats[i].tensor, floats[i].name, c->device, "gate_up_proj"));
-    WD_TRY(wd_check_data(floats[i].tensor, floats[i].name, float_alignment(c)));
+    WD_TRY(wd_check_data(floats[i].tensor, floats[i].name, c->experts.alignment));
   }
   if (c->topk_weights != NULL) {
     WD_TRY(wd_check_shape(c->topk_weights, "topk_weights", 2, by_route, "[T, K]"));
@@ -152,8 +109,7 @@ static wd_status check_tensors(call *c) {
 
 /* What is written must not overlap what is read. */
 static wd_status check_overlaps(const call *c, const DLTensor *written, const char *name) {
-  WD_TRY(wd_check_disjoint(written, name, c->experts.gate_up_proj, "gate_up_proj"));
-  WD_TRY(wd_check_disjoint(written, name, c->experts.down_proj, "down_proj"));
+  WD_TRY(wd_check_experts_disjoint(&c->experts, written, name));
   WD_TRY(wd_check_disjoint(written, name, c->topk_ids, "topk_ids"));
   if (c->hidden_states != NULL) WD_TRY(wd_check_disjoint(written, name, c->hidden_states, "hidden_states"));
   if (c->topk_weights != NULL) WD_TRY(wd_check_disjoint(written, name, c->topk_weights, "topk_weights"));
@@ -203,14 +159,24 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
   void *intermediate = c->intermediate != NULL ? rows_from(c->intermediate, first) : c->workspace;
   void *scratch = c->workspace + c->intermediate_bytes;
   const int on_cpu = c->device.device_type == kDLCPU;
+  const wd_experts *const experts = &c->experts;
+  const void *weights = c->topk_weights != NULL ? rows_from(c->topk_weights, first) : NULL;
+  const int on_input = experts->given.weight_on_input;
   if (c->hidden_states != NULL) {
     const wd_gate_up_args args = {.shape = shape,
-                                  .activation = c->experts.activation,
+                                  .activation = experts->gating.activation,
                                   .hidden_states = rows_from(c->hidden_states, first),
                                   .topk_ids = rows_from(c->topk_ids, first),
-                                  .gate_up_proj = wd_tensor_data(c->experts.gate_up_proj),
+                                  .gate_up_proj = experts->gate.data,
                                   .intermediate = intermediate,
-                                  .scratch = scratch};
+                                  .scratch = scratch,
+                                  .gate = experts->gate,
+                                  .up = experts->up,
+                                  .gate_bias = experts->gate_bias,
+                                  .up_bias = experts->up_bias,
+                                  .gating = experts->gating,
+                                  .topk_weights = on_input ? weights : NULL,
+                                  .topk_weights_dtype = c->topk_weights_dtype};
     if (on_cpu)
       wd_gate_up_cpu(&args, c->kernel.isa, c->threads);
     else
@@ -221,10 +187,12 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
                                .topk_weights_dtype = c->topk_weights_dtype,
                                .intermediate = intermediate,
                                .topk_ids = rows_from(c->topk_ids, first),
-                               .topk_weights = rows_from(c->topk_weights, first),
-                               .down_proj = wd_tensor_data(c->experts.down_proj),
+                               .topk_weights = on_input ? NULL : weights,
+                               .down_proj = experts->down.data,
                                .output = rows_from(c->output, first),
-                               .scratch = scratch};
+                               .scratch = scratch,
+                               .down = experts->down,
+                               .down_bias = experts->down_bias};
     if (on_cpu)
       wd_down_cpu(&args, c->kernel.isa, c->threads);
     else
@@ -272,6 +240,8 @@ wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_token
 static wd_status operate(call *c, const wd_moe_experts *experts, const DLTensor *written, const char *name,
                          void *workspace, size_t workspace_size, void *stream, const wd_options *options) {
   WD_TRY(check_experts(c, experts));
+  WD_CHECK(!c->experts.given.weight_on_input || c->intermediate == NULL, WD_UNSUPPORTED,
+           "experts: weight_on_input was 1, expected 0 where one kernel runs alone: use wd_moe_forward");
   WD_TRY(check_tensors(c));
   WD_TRY(check_overlaps(c, written, name));
   WD_TRY(check_run(c, workspace, workspace_size, stream, options));

@@ -7,14 +7,18 @@
  *   inter     = activation(gate) * up                                      wd_moe_gate_up_3d_batched
  *   output    = sum_k topk_weights[t,k] * sum_i inter[t,k,i] * down_proj[e,h,i]   wd_moe_down_3d_batched
  *
+ * wd_moe_experts says what other families of models do to this: other layouts, biases, limits, no up, the routing
+ * weight on the input.
+ *
  * Letters: T tokens, K experts per token (slots), E experts, H hidden size, I intermediate size. A *route* is one
  * (token, slot) pair.
  *
  * The numerics contract. The bits of a token's output depend on its hidden state, its ids, its routing weights and the
- * experts' weights, and on nothing else: not on T, the token's position, the other tokens, the schedule, the number of
- * threads, eager call or CUDA graph. All sums are FP32, the intermediate keeps at least 16 significant bits, slots are
- * combined in slot order with one fused multiply-add each, and the output is rounded once. On CPUs every kernel of the
- * table gives the same bits; on GPUs the bits may differ between architectures. wd_numerics_id() names them.
+ * experts' weights, and on nothing else: not on T, the token's position, the other tokens, the layout of the weights,
+ * the schedule, the number of threads, eager call or CUDA graph. All sums are FP32; a bias is added once, to the
+ * finished sum; the intermediate keeps at least 16 significant bits, slots are combined in slot order with one fused
+ * multiply-add each, and the output is rounded once. On CPUs every kernel of the table gives the same bits; on GPUs the
+ * bits may differ between architectures. wd_numerics_id() names them.
  *
  * Routing. An id outside [0, E) contributes nothing and is never dereferenced; its routing weight may be NaN. An id
  * that occurs twice in a token counts twice. T == 0 succeeds and does nothing.
@@ -62,20 +66,57 @@ typedef enum wd_status {
 } wd_status;
 
 typedef enum wd_activation {
-  WD_ACTIVATION_SILU = 0,     /* g / (1 + exp(-g)) */
-  WD_ACTIVATION_GELU_TANH = 1 /* 0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))) */
+  WD_ACTIVATION_SILU = 0,      /* g / (1 + exp(-alpha g)), alpha 1 unless the experts say another */
+  WD_ACTIVATION_GELU_TANH = 1, /* 0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))) */
+  WD_ACTIVATION_GELU = 2,      /* 0.5 g (1 + erf(g / sqrt(2))) */
+  WD_ACTIVATION_RELU = 3,      /* max(g, 0) */
+  WD_ACTIVATION_RELU2 = 4      /* max(g, 0)^2 */
 } wd_activation;
 
+typedef enum wd_transposed {
+  WD_TRANSPOSED_NONE = 0,
+  WD_TRANSPOSED_ALL = 1, /* gate_up_proj is [E, H, 2I], up_proj [E, H, I], down_proj [E, I, H] */
+  WD_TRANSPOSED_DOWN = 2 /* down_proj alone is [E, I, H] */
+} wd_transposed;
+
 /* One layer's experts. Set struct_size to sizeof(wd_moe_experts); fields added by later versions follow the last one
- * here, and a smaller struct_size leaves them at their defaults (zero).
+ * here, and a smaller struct_size leaves them at their defaults (zero). So do those below `activation` for callers of
+ * 0.1.0, whose struct ended there: the whole struct zero but for the first four fields is the standard layout.
  *
- * dtype of both weights, of hidden_states and of output: bfloat16 or float16, on the CPU also float32.
- * H and I are multiples of 8. */
+ * dtype of all weights, of hidden_states and of output: bfloat16 or float16, on the CPU also float32. Biases: the same
+ * dtype or float32. H and I are multiples of 8. All of it is borrowed for the duration of a call and never written.
+ *
+ * The layout does not touch the bits: the same numbers, stored in another layout, give the same output. On CUDA the
+ * standard layout alone is served so far; anything else is refused with WD_UNSUPPORTED.
+ *
+ * Pointers. Experts whose matrices were allocated one by one need no copy: where `gate_up_pointers` is given, it is a
+ * table of E addresses (int64 or uint64, in the memory of the weights' device), of the first element of each expert's
+ * matrix, and gate_up_proj describes one of these matrices: its shape without E, dtype and device; its data is not
+ * looked at. The same for the other tables. Each matrix is compact and aligned as a tensor would be. The addresses are
+ * read by the kernels alone: the library cannot check them, and a wrong one is undefined behaviour, as is one whose
+ * memory the call writes to. E is the table's length; tensors and tables may be mixed. */
 typedef struct wd_moe_experts {
   size_t struct_size;
   const DLTensor *gate_up_proj; /* [E, 2I, H]: rows gate(0..I-1), then up(0..I-1) */
   const DLTensor *down_proj;    /* [E, H, I] */
   int32_t activation;           /* wd_activation, applied to gate */
+  const DLTensor *up_proj;      /* NULL, or [E, I, H]: the up rows; gate_up_proj is then [E, I, H], the gate rows */
+  const DLTensor *gate_up_bias; /* NULL, or [E, 2I], in the order of the rows of gate_up_proj ([E, I] where it has I) */
+  const DLTensor *up_bias;      /* NULL, or with up_proj [E, I] */
+  const DLTensor *down_bias;    /* NULL, or [E, H]: added before the routing weight is multiplied */
+  const DLTensor *gate_up_pointers, *down_pointers, *up_pointers;                /* NULL, or [E]: see above */
+  const DLTensor *gate_up_bias_pointers, *up_bias_pointers, *down_bias_pointers; /* NULL, or [E] */
+  int32_t is_transposed;                                                         /* wd_transposed */
+  int32_t is_interleaved;  /* 1: the rows of gate_up_proj (its columns, where transposed) and its biases are gate(0),
+                              up(0), gate(1), up(1), ... */
+  int32_t no_gate;         /* 1: gate_up_proj is [E, I, H] and inter = activation(x . row); there is no up */
+  int32_t weight_on_input; /* 1: topk_weights multiply the hidden states instead of the output. The product with the
+                              finished FP32 sums is taken, (w x) . g = w (x . g), before the biases, so nothing is
+                              rounded to the dtype. wd_moe_forward alone serves it. */
+  float limit;             /* 0: none. Else gate = min(gate, limit) and up = min(max(up, -limit), limit) */
+  int32_t clamp_after_activation; /* 1: the limit holds for activation(gate) instead of gate (Step 3.7) */
+  float alpha;                    /* of silu; 0: 1 */
+  float up_offset; /* inter = activation(gate) * (up + up_offset), after the limit; gpt-oss: 1, limit 7, alpha 1.702 */
 } wd_moe_experts;
 
 /* A pool of CPU threads, owned by the caller. It must not be used in a child process after fork(). */
@@ -115,7 +156,8 @@ WD_API wd_status wd_moe_forward(const wd_moe_experts *experts, const DLTensor *h
                                 const DLTensor *topk_weights, const DLTensor *output, void *workspace,
                                 size_t workspace_size, void *stream, const wd_options *options);
 
-/* The first kernel alone: intermediate = activation(gate) * up for every route.
+/* The first kernel alone: intermediate = activation(gate) * up for every route. Like the second alone it refuses
+ * experts with weight_on_input: it takes no routing weights, and the second would have to ignore those that it takes.
  *   intermediate   [T, K, P, I], dtype of the weights. P is 2 for bfloat16 and float16: the rounded value, then the
  *                  rounding's remainder, scaled: value = intermediate[..,0,:] + intermediate[..,1,:] * 2^-S, where S is
  * 0 for bfloat16 and 11 for float16. P is 1 for float32. Rows of routes whose id is outside [0, E) are not written. The

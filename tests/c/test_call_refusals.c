@@ -21,10 +21,11 @@ static void experts_struct(call *c, operation of) {
     call_succeeds(c, of);
   }
   c->experts = sound;
-  static const int32_t activations[] = {-1, 2, INT32_MIN, INT32_MAX};
+  static const int32_t activations[] = {-1, 5, INT32_MIN, INT32_MAX};
   for (size_t i = 0; i < sizeof activations / sizeof *activations; i++) {
     c->experts.activation = activations[i];
-    call_refused(c, of, WD_INVALID_ARGUMENT, "experts: activation was %d, expected 0 (silu) or 1 (gelu_tanh)",
+    call_refused(c, of, WD_INVALID_ARGUMENT,
+                 "experts: activation was %d, expected 0 (silu), 1 (gelu_tanh), 2 (gelu), 3 (relu) or 4 (relu2)",
                  activations[i]);
   }
   c->experts = sound;
@@ -152,7 +153,7 @@ static void workspace_size(call *c) {
   unsound = c->experts;
   unsound.activation = 7;
   check_error(wd_moe_workspace_size(&unsound, 1, 1, &bytes), WD_INVALID_ARGUMENT,
-              "experts: activation was 7, expected 0 (silu) or 1 (gelu_tanh)");
+              "experts: activation was 7, expected 0 (silu), 1 (gelu_tanh), 2 (gelu), 3 (relu) or 4 (relu2)");
   CHECK(bytes == 4711, "a refused wd_moe_workspace_size wrote %zu", bytes);
 
   size_t last = 0;
