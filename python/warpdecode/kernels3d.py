@@ -11,7 +11,7 @@ from warpdecode.slots import Slot
 
 def _run(function, experts: Experts, like, inputs: dict, shape, out):
     adapter = adapter_of(like, next(iter(inputs)))
-    adapter.guard(**inputs, gate_up_proj=experts.gate_up_proj, down_proj=experts.down_proj)
+    adapter.guard(inputs, experts._weights)
     slots = []
     for name, array in inputs.items():
         slots.append(Slot(name))
@@ -53,11 +53,12 @@ def moe_gate_up_3d_batched(experts: Experts, hidden_states, topk_ids, *, out=Non
 
     P is 2 for bfloat16 and float16: the rounded value and the rounding's remainder; the value is
     `r[:, :, 0] + r[:, :, 1] * scale` with scale 1 for bfloat16 and 2**-11 for float16. P is 1 for float32.
-    Rows of routes whose id is outside [0, E) are not written.
+    Rows of routes whose id is outside [0, E) are not written. Experts with weight_on_input are refused by both kernels:
+    this one takes no routing weights, and the other would have to ignore those that it takes.
     """
     parts = 1 if "float32" in str(hidden_states.dtype) else 2
     tokens, top_k = topk_ids.shape
-    shape = (tokens, top_k, parts, experts.down_proj.shape[2])
+    shape = (tokens, top_k, parts, experts._current().intermediate)
     inputs = {"hidden_states": hidden_states, "topk_ids": topk_ids}
     return _run(lib.wd_moe_gate_up_3d_batched, experts, hidden_states, inputs, shape, out)
 
@@ -67,6 +68,6 @@ def moe_down_3d_batched(experts: Experts, intermediate, topk_ids, topk_weights, 
 
     Behind `moe_gate_up_3d_batched` it gives the bits of a call of `experts`.
     """
-    shape = (intermediate.shape[0], experts.down_proj.shape[1])
+    shape = (intermediate.shape[0], experts._current().hidden)
     inputs = {"intermediate": intermediate, "topk_ids": topk_ids, "topk_weights": topk_weights}
     return _run(lib.wd_moe_down_3d_batched, experts, intermediate, inputs, shape, out)

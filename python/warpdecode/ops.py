@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from warpdecode import threads
 from warpdecode._ffi import OK, check, ffi, lib, new_struct
+from warpdecode.description import ACTIVATIONS, FLAGS, TRANSPOSED, Description, choice, number
 from warpdecode.frameworks import adapter_of
 from warpdecode.slots import Slot
-
-ACTIVATIONS = {"silu": lib.WD_ACTIVATION_SILU, "gelu_tanh": lib.WD_ACTIVATION_GELU_TANH}
 
 _forward = lib.wd_moe_forward
 _cast, _VOID = ffi.cast, ffi.typeof("void *")
@@ -42,9 +41,27 @@ class Experts:
     Args:
         gate_up_proj: [E, 2I, H], rows gate(0..I-1) then up(0..I-1); bfloat16 or float16, on the CPU also float32.
         down_proj: [E, H, I], same dtype and device.
-        activation: "silu" or "gelu_tanh", applied to gate.
+        activation: applied to gate: "silu", "gelu_tanh", "gelu" (of erf), "relu" or "relu2" (its square).
+        is_transposed: True: gate_up_proj is [E, H, 2I] and down_proj [E, I, H]; "down": down_proj alone is.
+        is_interleaved: the rows of gate_up_proj (its columns, where transposed) are gate(0), up(0), gate(1), ...
+        up_proj: the up rows [E, I, H]; gate_up_proj then has the gate rows alone, [E, I, H].
+        has_gate: False: gate_up_proj is [E, I, H], and the intermediate is activation(gate_up_proj[e] @ x).
+        gate_up_bias: [E, 2I], in the order of gate_up_proj's rows ([E, I] where those are I); dtype of the weights or
+            float32, as the other biases.
+        up_bias: [E, I], with up_proj.
+        down_bias: [E, H], added before the routing weight is multiplied.
+        alpha: of silu: g * sigmoid(alpha * g). None: 1.
+        limit: gate = min(gate, limit) and up = clamp(up, -limit, limit). None: none.
+        clamp_after_activation: the limit holds for activation(gate) instead of gate.
+        up_offset: added to up, after the limit. gpt-oss is alpha=1.702, limit=7.0, up_offset=1.0.
+        weight_on_input: topk_weights multiply the hidden states instead of the output; the call alone, and neither of
+            the two kernels, serves it.
         kernel: the name of a row of `warpdecode.kernels()` to use instead of the one that would be chosen; for tests
             and benchmarks, since all of a device's kernels give the same bits.
+
+    Any of the arrays may be a list of E arrays without the axis E (the weights of one Linear an expert): all of one
+    shape, dtype and device. On CUDA the layout of the first two lines and their activations "silu" and "gelu_tanh" are
+    served so far. The same numbers give the same bits in every layout.
 
     The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps
     the arrays alive, and looks before each call whether a torch parameter was given other memory (`.data = ...`).
@@ -55,31 +72,74 @@ class Experts:
         out[t] = sum_k topk_weights[t,k] * down_proj[e] @ (activation(gate[e] @ x[t]) * (up[e] @ x[t]))
     """
 
-    def __init__(self, gate_up_proj, down_proj, *, activation: str = "silu", kernel: str | None = None):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: was {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
-        self.gate_up_proj, self.down_proj, self.activation = gate_up_proj, down_proj, activation
+    def __init__(
+        self,
+        gate_up_proj,
+        down_proj,
+        *,
+        activation: str = "silu",
+        is_transposed: bool | str = False,
+        is_interleaved: bool = False,
+        up_proj=None,
+        has_gate: bool = True,
+        gate_up_bias=None,
+        up_bias=None,
+        down_bias=None,
+        alpha: float | None = None,
+        limit: float | None = None,
+        clamp_after_activation: bool = False,
+        up_offset: float = 0.0,
+        weight_on_input: bool = False,
+        kernel: str | None = None,
+    ):
+        self._properties = {
+            "activation": choice("activation", activation, ACTIVATIONS),
+            "is_transposed": choice("is_transposed", is_transposed, TRANSPOSED),
+            "is_interleaved": choice("is_interleaved", is_interleaved, FLAGS),
+            "no_gate": 1 - choice("has_gate", has_gate, FLAGS),
+            "weight_on_input": choice("weight_on_input", weight_on_input, FLAGS),
+            "limit": number("limit", limit),
+            "clamp_after_activation": choice("clamp_after_activation", clamp_after_activation, FLAGS),
+            "alpha": number("alpha", alpha),
+            "up_offset": up_offset,
+        }
+        arrays = {
+            "gate_up_proj": gate_up_proj,
+            "down_proj": down_proj,
+            "up_proj": up_proj,
+            "gate_up_bias": gate_up_bias,
+            "up_bias": up_bias,
+            "down_bias": down_bias,
+        }
+        self._arrays = {
+            name: tuple(array) if isinstance(array, (list, tuple)) else array
+            for name, array in arrays.items()
+            if array is not None or name in ("gate_up_proj", "down_proj")
+        }
+        self.gate_up_proj, self.down_proj = self._arrays["gate_up_proj"], self._arrays["down_proj"]
+        self.activation = activation
         self._kernel = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
-        self._adapter = adapter_of(gate_up_proj, "gate_up_proj")
-        self._description = _Description(gate_up_proj, down_proj, activation)
+        self._description = Description(self._arrays, self._properties)
+        self._weights = {slot.name: member for _, slot, member in self._description.watched}  # for the adapter's guard
         self._frames: list[_Frame] = []
 
-    def matches(self, gate_up_proj, down_proj) -> bool:
-        """Whether these torch tensors are what this object describes: same memory, shapes and dtypes."""
-        described = self._description
-        return (
-            gate_up_proj.data_ptr() == described.gate_up.address
-            and down_proj.data_ptr() == described.down.address
-            and gate_up_proj.shape == described.gate_up.shape
-            and down_proj.shape == described.down.shape
-            and gate_up_proj.dtype is described.gate_up.dtype
-            and down_proj.dtype is described.down.dtype
+    def matches(self, gate_up_proj, down_proj, **others) -> bool:
+        """Whether these torch tensors (or lists of them) are what this object describes: same memory, shapes, dtypes.
+
+        others: up_proj and the biases, by their names; None for one that there is not.
+        """
+        parts = self._description.parts
+        if not (parts["gate_up_proj"].is_of(gate_up_proj) and parts["down_proj"].is_of(down_proj)):
+            return False
+        given = {name: array for name, array in others.items() if array is not None}
+        return len(given) + 2 == len(parts) and all(
+            name in parts and parts[name].is_of(array) for name, array in given.items()
         )
 
-    def _current(self) -> _Description:
-        described, moved = self._description, self._adapter.moved
-        if moved(described.gate_up, self.gate_up_proj) or moved(described.down, self.down_proj):
-            described = self._description = _Description(self.gate_up_proj, self.down_proj, self.activation)
+    def _current(self) -> Description:
+        described = self._description
+        if not described.holds():
+            described = self._description = Description(self._arrays, self._properties)
             self._frames = []  # their workspace sizes are of the old shape
         return described
 
@@ -91,7 +151,7 @@ class Experts:
             frame.options.kernel = self._kernel
             return frame
 
-    def _workspace_bytes(self, frame: _Frame, described: _Description) -> int:
+    def _workspace_bytes(self, frame: _Frame, described: Description) -> int:
         shape = frame.ids.tensor.shape
         key = (shape[0], shape[1]) if frame.ids.tensor.ndim == 2 else (0, 1)
         if key != frame.call_key:
@@ -112,12 +172,7 @@ class Experts:
         Raises ValueError for bad arguments, naming the argument; RuntimeError where CUDA fails or is missing.
         """
         adapter = adapter_of(hidden_states, "hidden_states")
-        adapter.guard(
-            hidden_states=hidden_states,
-            topk_weights=topk_weights,
-            gate_up_proj=self.gate_up_proj,
-            down_proj=self.down_proj,
-        )
+        adapter.guard({"hidden_states": hidden_states, "topk_weights": topk_weights}, self._weights)
         described = self._current()
         frame = self._take_frame()
         adapter.bind(frame.hidden, hidden_states)
@@ -156,25 +211,10 @@ class Experts:
         return out if made is None else adapter.finish(made)
 
 
-class _Description:
-    """The C struct of a layer and what it points to. Never changed once made: running calls may be reading it."""
-
-    __slots__ = ("down", "gate_up", "on_cpu", "struct")
-
-    def __init__(self, gate_up_proj, down_proj, activation: str):
-        self.gate_up, self.down = Slot("gate_up_proj"), Slot("down_proj")
-        adapter_of(gate_up_proj, "gate_up_proj").bind(self.gate_up, gate_up_proj)
-        adapter_of(down_proj, "down_proj").bind(self.down, down_proj)
-        self.struct = new_struct("wd_moe_experts")
-        self.struct.gate_up_proj, self.struct.down_proj = self.gate_up.tensor, self.down.tensor
-        self.struct.activation = ACTIVATIONS[activation]
-        self.on_cpu = self.gate_up.tensor.device.device_type != lib.kDLCUDA
-        check(_workspace_size(self.struct, 1, 1, ffi.new("size_t *")))  # bad weights are refused here, not in a call
-
-
-def moe(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, *, activation: str = "silu", out=None):
+def moe(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, *, out=None, **properties):
     """One MoE layer's experts on a batch of tokens; the arguments are those of `Experts` and of its call.
 
-    `Experts` keeps the layer's description between calls and saves about 10 us a call.
+    properties: the keywords of `Experts` (activation, is_transposed, ...). `Experts` keeps the layer's description
+    between calls and saves about 10 us a call.
     """
-    return Experts(gate_up_proj, down_proj, activation=activation)(hidden_states, topk_ids, topk_weights, out=out)
+    return Experts(gate_up_proj, down_proj, **properties)(hidden_states, topk_ids, topk_weights, out=out)

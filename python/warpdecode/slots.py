@@ -77,3 +77,23 @@ class Slot:
         self.tensor, self.keep = tensor, keep
         self.address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
         self.shape = self.dtype = self.device = None
+
+    def facts(self) -> tuple[list[int], str, str]:
+        """Shape, dtype and device of what is described, for comparing and for sentences."""
+        tensor = self.tensor
+        shape = [tensor.shape[axis] for axis in range(tensor.ndim)]
+        dtype = (tensor.dtype.code, tensor.dtype.bits)
+        names = [name for name, known in DTYPES.items() if known == dtype]
+        device = tensor.device
+        return shape, names[0] if names else f"DLPack {dtype}", f"DLPack {device.device_type}:{device.device_id}"
+
+    def is_compact(self) -> bool:
+        """Whether the strides are row-major without gaps."""
+        tensor, compact = self.tensor, 1
+        if tensor.strides == ffi.NULL:
+            return True
+        for axis in reversed(range(tensor.ndim)):
+            if tensor.shape[axis] != 1 and tensor.strides[axis] != compact:
+                return False
+            compact *= tensor.shape[axis]
+        return True

@@ -9,7 +9,8 @@ An adapter is a module with these functions:
     workspace(size, like)         (address, owner) of `size` bytes on the device of `like`, aligned to 16 bytes
     stream(like)                  the caller's current stream on the device of `like`, as an integer
     finish(output)                what the caller gets for an array that `empty` made
-    guard(**arrays)               refuse arrays for which a gradient would have to be recorded
+    guard(inputs, weights)        refuse arrays (by name) for which a gradient would have to be recorded
+    bind_table(slot, addresses, like)   describe a table of addresses on the device of `like`; returns what owns it
     moved(slot, array)            whether a weight is no longer what its slot describes
 
 Adapters are chosen by the exact type of an array and loaded when the first one arrives, so that no framework is ever

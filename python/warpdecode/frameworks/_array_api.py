@@ -35,7 +35,7 @@ def bind(slot, array, writable=False):
     _capsule.bind(slot, array, writable, None)
 
 
-def guard(**arrays):
+def guard(inputs, weights):
     """These arrays carry no gradients."""
 
 
@@ -60,6 +60,7 @@ def bind_output(slot, output):
 
 
 workspace = _numpy.workspace
+bind_table = _numpy.bind_table
 
 
 def finish(output):

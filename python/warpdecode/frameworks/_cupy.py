@@ -14,7 +14,16 @@ def bind(slot, array, writable=False):
     _capsule.bind(slot, array, writable, stream(array) or _LEGACY_DEFAULT)
 
 
-def guard(**arrays):
+def bind_table(slot, addresses, like):
+    """An array of int64 beside the weights; the copy to the device has ended when this returns."""
+    with like.device:
+        owner = cupy.array(addresses, dtype=cupy.int64)
+        cupy.cuda.get_current_stream().synchronize()
+    bind(slot, owner)
+    return owner
+
+
+def guard(inputs, weights):
     """CuPy arrays carry no gradients."""
 
 

@@ -34,7 +34,14 @@ def bind(slot, array, writable=False):
         _capsule.bind(slot, array, False, None)
 
 
-def guard(**arrays):
+def bind_table(slot, addresses, like):
+    """NumPy memory on the CPU. On CUDA there is none: JAX has 64-bit integers only where they were asked for."""
+    if _on_cuda(like):
+        raise ValueError(f"{slot.name}: lists of jax.Arrays are served on the CPU alone; stack them into one array")
+    return _numpy.bind_table(slot, addresses, like)
+
+
+def guard(inputs, weights):
     """These arrays carry no gradients."""
 
 

@@ -33,10 +33,17 @@ def bind(slot, array, writable=False):
         slot.shape, slot.dtype, slot.device = array.shape, array.dtype, device
 
 
-def guard(**arrays):
+def bind_table(slot, addresses, like):
+    """A tensor of int64 beside the weights; the copy to the device has ended when this returns."""
+    owner = torch.tensor(addresses, dtype=torch.int64, device=like.device)
+    bind(slot, owner)
+    return owner
+
+
+def guard(inputs, weights):
     """Refuses a call whose result would have to carry a gradient: dropping it silently would train a wrong model."""
     if torch.is_grad_enabled():
-        for name, array in arrays.items():
+        for name, array in (*inputs.items(), *weights.items()):
             if getattr(array, "requires_grad", False):
                 raise ValueError(
                     f"{name}: requires a gradient, which these kernels do not compute; call under torch.no_grad(), or "

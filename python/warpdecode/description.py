@@ -1,0 +1,129 @@
+"""A layer's description: the C struct of its experts, what it points to, and whether it still holds."""
+
+from __future__ import annotations
+
+from warpdecode._ffi import check, ffi, lib, new_struct
+from warpdecode.frameworks import adapter_of
+from warpdecode.slots import Slot
+
+ACTIVATIONS = {
+    "silu": lib.WD_ACTIVATION_SILU,
+    "gelu_tanh": lib.WD_ACTIVATION_GELU_TANH,
+    "gelu": lib.WD_ACTIVATION_GELU,
+    "relu": lib.WD_ACTIVATION_RELU,
+    "relu2": lib.WD_ACTIVATION_RELU2,
+}
+FLAGS = {False: 0, True: 1}
+TRANSPOSED = {False: lib.WD_TRANSPOSED_NONE, True: lib.WD_TRANSPOSED_ALL, "down": lib.WD_TRANSPOSED_DOWN}
+
+# The parts of a layer that are arrays, and the struct's field for a table of addresses in their place.
+TABLES = {
+    "gate_up_proj": "gate_up_pointers",
+    "down_proj": "down_pointers",
+    "up_proj": "up_pointers",
+    "gate_up_bias": "gate_up_bias_pointers",
+    "up_bias": "up_bias_pointers",
+    "down_bias": "down_bias_pointers",
+}
+
+_CUDA_ALIGNMENT = 16
+
+
+def number(name: str, value: float | None) -> float:
+    """A limit or an alpha as the struct has it: 0 is none, so a caller's own 0 is a mistake."""
+    if value is None:
+        return 0.0
+    if value == 0:
+        raise ValueError(f"{name}: was {value!r}, expected a number above 0, or None for none")
+    return value
+
+
+def choice(name: str, value, choices: dict):
+    """The struct's number for one of the values that an argument may have."""
+    if not isinstance(value, (bool, str)) or value not in choices:
+        raise ValueError(f"{name}: was {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return choices[value]
+
+
+class Part:
+    """One part of a layer, an array or a tuple of one array an expert, described."""
+
+    __slots__ = ("members", "slots", "table", "table_owner")
+
+    def __init__(self, name: str, array):
+        self.members = array if isinstance(array, tuple) else (array,)
+        self.table = self.table_owner = None
+        if not isinstance(array, tuple):
+            self.slots = [Slot(name)]
+            adapter_of(array, name).bind(self.slots[0], array)
+            return
+        if not array:
+            raise ValueError(f"{name}: was empty, expected an array for each expert")
+        self.slots = [Slot(f"{name}[{i}]") for i in range(len(array))]
+        adapter = adapter_of(array[0], self.slots[0].name)
+        for slot, member in zip(self.slots, array, strict=True):
+            if adapter_of(member, slot.name) is not adapter:
+                raise ValueError(f"{slot.name}: was a {type(member)}, expected a {type(array[0])} as {name}[0]")
+            adapter.bind(slot, member)
+            _check_member(slot, self.slots[0])
+        self.table = Slot(TABLES[name])
+        self.table_owner = adapter.bind_table(self.table, [slot.address for slot in self.slots], array[0])
+
+    def is_of(self, array) -> bool:
+        """Whether these torch tensors are what was described: same memory, shapes and dtypes."""
+        members = array if isinstance(array, (tuple, list)) else (array,)
+        return len(members) == len(self.slots) and all(
+            member.data_ptr() == slot.address and member.shape == slot.shape and member.dtype is slot.dtype
+            for slot, member in zip(self.slots, members, strict=True)
+        )
+
+
+def _check_member(slot: Slot, first: Slot) -> None:
+    """The C library sees one member and the addresses of the others, so these are compared with the first here."""
+    for what, was, expected in zip(("shape", "dtype", "device"), slot.facts(), first.facts(), strict=True):
+        if was != expected:
+            raise ValueError(f"{slot.name}: {what} was {was}, expected {expected} as {first.name}")
+    if not slot.is_compact():
+        raise ValueError(f"{slot.name}: strides were not compact row-major ones; pass a contiguous array")
+    tensor = slot.tensor
+    itemsize = tensor.dtype.bits // 8
+    alignment = _CUDA_ALIGNMENT if tensor.device.device_type == lib.kDLCUDA else itemsize
+    if slot.address % alignment:
+        raise ValueError(
+            f"{slot.name}: data was {slot.address % alignment} bytes past a multiple of {alignment}, expected an "
+            f"address aligned to {alignment} bytes"
+        )
+
+
+class Description:
+    """The C struct of a layer and what it points to. Never changed once made: running calls may be reading it."""
+
+    __slots__ = ("hidden", "intermediate", "on_cpu", "parts", "struct", "watched")
+
+    def __init__(self, arrays: dict, properties: dict):
+        self.parts = {name: Part(name, array) for name, array in arrays.items()}
+        struct = self.struct = new_struct("wd_moe_experts")
+        for name, part in self.parts.items():
+            setattr(struct, name, part.slots[0].tensor)
+            if part.table is not None:
+                setattr(struct, TABLES[name], part.table.tensor)
+        for name, value in properties.items():
+            setattr(struct, name, value)
+        matrix = self.parts["gate_up_proj"].slots[0].tensor
+        self.on_cpu = matrix.device.device_type != lib.kDLCUDA
+        check(lib.wd_moe_workspace_size(struct, 1, 1, ffi.new("size_t *")))  # bad weights: refused here, not in a call
+        sizes = matrix.shape[matrix.ndim - 2], matrix.shape[matrix.ndim - 1]
+        rows, self.hidden = sizes[::-1] if struct.is_transposed == lib.WD_TRANSPOSED_ALL else sizes
+        self.intermediate = rows if struct.no_gate or "up_proj" in self.parts else rows // 2
+        self.watched = [
+            (adapter_of(member, slot.name).moved, slot, member)
+            for part in self.parts.values()
+            for slot, member in zip(part.slots, part.members, strict=True)
+        ]
+
+    def holds(self) -> bool:
+        """Whether every array is still where it was described."""
+        for moved, slot, member in self.watched:  # noqa: SIM110 - twice as fast as all(), and on every call
+            if moved(slot, member):
+                return False
+        return True
