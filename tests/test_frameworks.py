@@ -182,8 +182,8 @@ def test_torch_refusals():
         warpdecode.moe(x.to("meta"), ids, weights, gate_up, down)
     with pytest.raises(ValueError, match=r"subclass of torch.Tensor"):
         warpdecode.moe(torch.Tensor._make_subclass(type("Sub", (torch.Tensor,), {}), x), ids, weights, gate_up, down)
-    with pytest.raises(ValueError, match="activation: was 'relu', expected one of 'silu', 'gelu_tanh'"):
-        warpdecode.moe(x, ids, weights, gate_up, down, activation="relu")
+    with pytest.raises(ValueError, match="activation: was 'tanh', expected one of 'silu', 'gelu_tanh'"):
+        warpdecode.moe(x, ids, weights, gate_up, down, activation="tanh")
     with pytest.raises(ValueError, match='options: kernel was "fast", expected a name'):
         warpdecode.Experts(gate_up, down, kernel="fast")(x, ids, weights)
 

@@ -1,0 +1,369 @@
+"""Layouts, biases, gates and lists of arrays: the bits know nothing of the layout, the values are the reference's."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import layouts
+import warpdecode
+from cases import DTYPES, error_bound, poison, relative_error
+from layouts import GATES, LAYOUTS, draw_parts, served_without_gate, stored
+from test_moe import kernels_of
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+SHAPES = [(9, 3, 72, 88), (3, 2, 8, 8), (4, 2, 264, 136), (5, 4, 104, 328)]  # E, K, H, I
+
+
+def draw_tokens(parts, tokens, top_k, seed=0, routing_dtype=torch.float32):
+    """(hidden_states, topk_ids, topk_weights); some ids are out of range, and their weights NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, hidden, _ = parts.down.shape
+    x = torch.randn(tokens, hidden, generator=generator).to(parts.down.dtype)
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)
+    weights = torch.rand(tokens, top_k, generator=generator).to(routing_dtype)
+    weights[(ids < 0) | (ids >= experts)] = float("nan")
+    return x, ids, weights
+
+
+def describe(parts, layout="standard", kernel=None, **properties):
+    """The Experts of a layer in a layout."""
+    gate_up, down, keywords = stored(parts, layout)
+    return warpdecode.Experts(gate_up, down, kernel=kernel, **{**keywords, **properties})
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bits_do_not_depend_on_the_layout(shape, bias):
+    """Every layout, every kernel, all of a call and its halves."""
+    experts, top_k, hidden, intermediate = shape
+    for dtype in DTYPES:
+        parts = draw_parts(experts, hidden, intermediate, dtype, bias_dtype=dtype if bias else None)
+        for tokens in (1, 61):  # 61: more routes of an expert than are worked on at once
+            x, ids, weights = draw_tokens(parts, tokens, top_k, seed=tokens)
+            expected = describe(parts)(x, ids, weights)
+            assert not expected.isnan().any()
+            for layout in LAYOUTS:
+                for kernel in kernels_of("cpu"):
+                    call = describe(parts, layout, kernel)
+                    out = poison(torch.empty_like(x))
+                    assert torch.equal(call(x, ids, weights, out=out), expected), (dtype, layout, kernel)
+                    inter = warpdecode.moe_gate_up_3d_batched(call, x, ids)
+                    halves = warpdecode.moe_down_3d_batched(call, inter, ids, weights)
+                    assert torch.equal(halves, expected), (dtype, layout, kernel)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if served_without_gate(layout)])
+def test_the_bits_without_a_gate(layout):
+    for dtype in DTYPES:
+        parts = draw_parts(4, 72, 88, dtype, has_gate=False, bias_dtype=torch.float32)
+        call = draw_tokens(parts, 9, 3)
+        expected = describe(parts, activation="relu2")(*call)
+        for kernel in kernels_of("cpu"):
+            assert torch.equal(describe(parts, layout, kernel, activation="relu2")(*call), expected), (dtype, kernel)
+
+
+def test_sums_below_the_subnormals():
+    """Products that underflow leave a -0 in a lane, which the padding of the last group makes a +0: in every layout."""
+    parts = draw_parts(2, 40, 8, torch.float32)
+    parts.gate.fill_(-1e-30)
+    parts.up.fill_(1.0)
+    x, ids, weights = draw_tokens(parts, 4, 2)
+    x.fill_(1e-30)
+    ids.fill_(1)
+    weights.fill_(1.0)
+    expected = None
+    for layout in LAYOUTS:
+        for kernel in kernels_of("cpu"):
+            inter = warpdecode.moe_gate_up_3d_batched(describe(parts, layout, kernel), x, ids)
+            expected = inter if expected is None else expected
+            assert torch.equal(inter.view(torch.int32), expected.view(torch.int32)), (layout, kernel)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_are_close_to_fp64(gate):
+    properties = dict(GATES[gate])
+    has_gate = properties.pop("has_gate", True)
+    for dtype in DTYPES:
+        for bias_dtype in (None, torch.float32, dtype):
+            parts = draw_parts(5, 104, 72, dtype, has_gate=has_gate, bias_dtype=bias_dtype)
+            call = draw_tokens(parts, 11, 3)
+            expected = layouts.exact(parts, *call, **properties)
+            outputs = [describe(parts, kernel=kernel, **properties)(*call) for kernel in kernels_of("cpu")]
+            assert relative_error(outputs[0], expected) <= error_bound(expected, dtype), (dtype, bias_dtype)
+            assert all(torch.equal(outputs[0], other) for other in outputs[1:]), (dtype, bias_dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.integers(0, 30),
+    top_k=st.integers(1, 5),
+    experts=st.integers(1, 9),
+    hidden=st.integers(1, 20).map(lambda n: 8 * n),
+    intermediate=st.integers(1, 20).map(lambda n: 8 * n),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    gate=st.sampled_from(list(GATES)),
+    bias=st.sampled_from(["none", "float32", "own"]),
+    weight_on_input=st.booleans(),
+    routing_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_description(
+    tokens, top_k, experts, hidden, intermediate, dtype, layout, gate, bias, weight_on_input, routing_dtype, seed
+):
+    properties = {**GATES[gate], "weight_on_input": weight_on_input}
+    has_gate = properties.pop("has_gate", True)
+    if not has_gate and not served_without_gate(layout):
+        layout = "pointers"
+    bias_dtype = {"none": None, "float32": torch.float32, "own": dtype}[bias]
+    parts = draw_parts(experts, hidden, intermediate, dtype, seed, has_gate, bias_dtype)
+    call = draw_tokens(parts, tokens, top_k, seed, routing_dtype)
+    found = describe(parts, layout, **properties)(*call, out=poison(torch.empty_like(call[0])))
+    expected = layouts.exact(parts, *call, layout, **properties)
+    assert relative_error(found, expected) <= error_bound(expected, dtype)
+    assert torch.equal(found, describe(parts, **properties)(*call))
+
+
+def intermediate_of(gates, up, **properties):
+    """The intermediate's values for given gates (float32) and one up, exactly what goes into the activation."""
+    experts = 1
+    gate_up = torch.zeros(experts, 8, 8)
+    gate_up[:, :, 0] = 1.0
+    up_proj = None if up is None else torch.zeros(experts, 8, 8)
+    if up is not None:
+        up_proj[:, :, 1] = 1.0
+    x = torch.zeros(len(gates), 8)
+    x[:, 0] = gates
+    x[:, 1] = 0.0 if up is None else up
+    call = warpdecode.Experts(
+        gate_up, torch.zeros(experts, 8, 8), up_proj=up_proj, has_gate=up is not None, **properties
+    )
+    return warpdecode.moe_gate_up_3d_batched(call, x, torch.zeros(len(gates), 1, dtype=torch.int32))[:, 0, 0, 0]
+
+
+# Units of 2^-24 that the activation may be wrong by: gelu's is derived in src/activation.h. silu's exp has 2.2, its sum
+# and quotient 2; alpha's product 1, which exp multiplies by |alpha g|, at most 34 here.
+@pytest.mark.parametrize(
+    ("properties", "units"),
+    [({"activation": "gelu"}, 16), ({}, 5), ({"alpha": 1.702}, 39), ({"activation": "relu"}, 0)],
+    ids=str,
+)
+def test_activations_alone(properties, units):
+    gates = torch.cat([torch.linspace(-12, 20, 40001), torch.tensor([0.0, 1e-30, -1e-30, 1e30, -1e30])])
+    found = intermediate_of(gates, None, **properties).double()
+    g = gates.double()
+    if "alpha" in properties:
+        alpha = float(torch.tensor(properties["alpha"]))  # as float32 has it
+        expected = g * torch.sigmoid(alpha * g)
+    else:
+        functions = {"gelu": lambda g: 0.5 * g * torch.erfc(-g / 2**0.5), "relu": torch.relu}
+        expected = functions.get(properties.get("activation"), lambda g: g * torch.sigmoid(g))(g)
+    assert ((found - expected).abs() <= units * 2.0**-24 * expected.abs() + 2.0**-149).all()
+
+
+def test_limits_and_special_values():
+    nan, infinity = float("nan"), float("inf")
+    gates = torch.tensor([-3e38, -9.0, 2.0, 9.0, 3e38, nan])
+    silu = torch.nn.functional.silu
+    for up in (-9.0, 3.0, 9.0):
+        found = intermediate_of(gates, up, limit=7.0)
+        expected = silu(gates.clamp(max=7.0)) * max(min(up, 7.0), -7.0)
+        assert torch.allclose(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+        after = intermediate_of(gates, up, limit=7.0, clamp_after_activation=True)
+        expected = silu(gates).clamp(max=7.0) * max(min(up, 7.0), -7.0)
+        assert torch.allclose(after, expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert intermediate_of(gates, nan, limit=7.0).isnan().all()
+    unlimited = intermediate_of(gates, 0.5)
+    assert torch.equal(intermediate_of(gates, 0.5, limit=infinity)[:5], unlimited[:5])
+    alone = torch.tensor([-infinity, infinity, nan])
+    for name in ("gelu", "relu", "relu2"):
+        found = intermediate_of(alone, None, activation=name)
+        assert found[0] == 0 and found[1] == infinity and found[2].isnan(), name
+
+
+def test_the_down_bias_comes_before_the_routing_weight():
+    parts = draw_parts(3, 16, 8, torch.float32, bias_dtype=torch.float32)
+    parts.down.zero_()
+    x, ids, weights = draw_tokens(parts, 5, 1)
+    ids[:, 0] = torch.tensor([0, 1, 2, -1, 3])
+    weights = torch.rand(5, 1)
+    expected = torch.zeros(5, 16)
+    expected[:3] = weights[:3] * parts.down_bias
+    assert torch.equal(describe(parts)(x, ids, weights), expected)
+
+
+def test_weight_on_input():
+    """Powers of two scale exactly: the same bits as scaled hidden states and weights of one."""
+    for dtype in DTYPES:
+        parts = draw_parts(4, 72, 88, dtype)
+        x, ids, _ = draw_tokens(parts, 9, 1)
+        half = torch.full((9, 1), 0.5)
+        for layout in LAYOUTS:
+            found = describe(parts, layout, weight_on_input=True)(x, ids, half)
+            assert torch.equal(found, describe(parts)(x * 0.5, ids, torch.ones(9, 1))), (dtype, layout)
+
+
+def test_weight_on_input_is_for_the_whole_layer():
+    parts = draw_parts(4, 72, 88, torch.bfloat16)
+    x, ids, weights = draw_tokens(parts, 3, 2)
+    call = describe(parts, weight_on_input=True)
+    sentence = "experts: weight_on_input was 1, expected 0 where one kernel runs alone: use wd_moe_forward"
+    with pytest.raises(ValueError, match=sentence):
+        warpdecode.moe_gate_up_3d_batched(call, x, ids)
+    inter = warpdecode.moe_gate_up_3d_batched(describe(parts), x, ids)
+    with pytest.raises(ValueError, match=sentence):
+        warpdecode.moe_down_3d_batched(call, inter, ids, weights)
+
+
+NAMES = ("gate_up_proj", "down_proj", "up_proj", "gate_up_bias", "up_bias", "down_bias")
+
+
+def arrays_of(layout):
+    """A layer's arrays by name, as Parameters, and the other keywords of Experts."""
+    parts = draw_parts(3, 72, 88, torch.bfloat16, bias_dtype=torch.float32)
+    gate_up, down, keywords = stored(parts, layout)
+    everything = {"gate_up_proj": gate_up, "down_proj": down, **keywords}
+    arrays = {name: everything.pop(name) for name in NAMES}
+
+    def parameter(array):
+        return [parameter(a) for a in array] if isinstance(array, list) else torch.nn.Parameter(array)
+
+    return parts, {name: parameter(array) for name, array in arrays.items()}, everything
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["separate", "pointers, separate"])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_weights_are_seen(layout, name):
+    """Changed in place, and given other memory (`.data = ...`), each of the arrays, of a list the last member."""
+    parts, arrays, keywords = arrays_of(layout)
+    call = draw_tokens(parts, 7, 2)
+    experts = warpdecode.Experts(**arrays, **keywords)
+    seen = [experts(*call)]
+    tensor = arrays[name][-1] if isinstance(arrays[name], list) else arrays[name]
+    tensor.mul_(-2)
+    seen.append(experts(*call))
+    tensor.data = tensor.data * 3
+    seen.append(experts(*call))
+    assert torch.equal(seen[-1], warpdecode.Experts(**arrays, **keywords)(*call))
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert experts.matches(**arrays)
+    other = {**arrays, name: [t.clone() for t in arrays[name]] if isinstance(arrays[name], list) else tensor.clone()}
+    assert not experts.matches(**other)
+    if name not in ("gate_up_proj", "down_proj"):
+        assert not experts.matches(**{**arrays, name: None})
+    tensor.data = tensor.data[..., :8].contiguous()
+    with pytest.raises(ValueError, match=r"shape was \["):
+        experts(*call)
+
+
+def test_lists_of_other_frameworks():
+    parts = draw_parts(3, 72, 88, torch.float32)
+    x, ids, weights = draw_tokens(parts, 4, 2)
+    expected = describe(parts)(x, ids, weights).numpy()
+    gate_up, down, _ = stored(parts, "pointers")
+    arrays = [[member.numpy() for member in members] for members in (gate_up, down)]
+    call = [t.numpy() for t in (x, ids.int(), weights)]
+    assert np.array_equal(warpdecode.moe(*call, *arrays), expected)
+    jax = pytest.importorskip("jax")
+    cpu = jax.devices("cpu")[0]
+    arrays = [[jax.device_put(member, cpu) for member in members] for members in arrays]
+    found = warpdecode.moe(*(jax.device_put(array, cpu) for array in call), *arrays)
+    assert np.array_equal(np.asarray(found), expected)
+
+
+def test_refused_lists():
+    parts = draw_parts(3, 72, 88, torch.bfloat16)
+    gate_up, down, _ = stored(parts, "pointers")
+    odd = gate_up[2]
+    refusals = [
+        (odd[:8].clone(), r"gate_up_proj\[2\]: shape was \[8, 72\], expected \[176, 72\] as gate_up_proj\[0\]"),
+        (odd.float(), r"gate_up_proj\[2\]: dtype was float32, expected bfloat16 as gate_up_proj\[0\]"),
+        (odd.t().contiguous().t(), r"gate_up_proj\[2\]: strides were not compact row-major ones"),
+        (odd.float().numpy(), r"gate_up_proj\[2\]: was a <class 'numpy.ndarray'>, expected a <class 'torch.Tensor'>"),
+    ]
+    for member, sentence in refusals:
+        with pytest.raises(ValueError, match=sentence):
+            warpdecode.Experts([*gate_up[:2], member], down)
+    odd_address = np.zeros(4 * odd.numel() + 1, np.uint8)[1:].view(np.float32).reshape(odd.shape)
+    aligned = [member.float().numpy() for member in gate_up[:2]]
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj\[2\]: data was 1 bytes past a multiple of 4, expected an address"
+    ):
+        warpdecode.Experts([*aligned, odd_address], [member.float().numpy() for member in down])
+    with pytest.raises(ValueError, match="gate_up_proj: was empty, expected an array for each expert"):
+        warpdecode.Experts([], down)
+    with pytest.raises(ValueError, match=r"down_pointers: shape was \[2\], expected \[E\] = \[3\]"):
+        warpdecode.Experts(gate_up, down[:2])
+    with pytest.raises(ValueError, match=r"gate_up_proj: had 3 axes, expected 2: \[2I, H\]"):
+        warpdecode.Experts([member[None] for member in gate_up], down)
+    trained = [torch.nn.Parameter(member) for member in gate_up]
+    x, ids, weights = draw_tokens(parts, 2, 2)
+    with pytest.raises(ValueError, match=r"gate_up_proj\[0\]: requires a gradient"):
+        warpdecode.moe(x, ids, weights, trained, down)
+
+
+def test_refusals():
+    parts = draw_parts(3, 72, 88, torch.bfloat16, bias_dtype=torch.float32)
+    gate_up, down, _ = stored(parts)
+    bias, down_bias = torch.cat([parts.gate_bias, parts.up_bias], 1), parts.down_bias
+    refusals = [
+        ({"activation": "tanh"}, "activation: was 'tanh', expected one of 'silu', 'gelu_tanh', 'gelu', 'relu'"),
+        ({"is_transposed": 1}, "is_transposed: was 1, expected one of False, True, 'down'"),
+        ({"is_interleaved": None}, "is_interleaved: was None, expected one of False, True"),
+        ({"limit": 0.0}, "limit: was 0.0, expected a number above 0, or None for none"),
+        ({"limit": -1.0}, "experts: limit was -1, expected 0 .none. or more"),
+        ({"limit": float("nan")}, "experts: limit was -?nan, expected 0"),
+        ({"alpha": 0}, "alpha: was 0, expected a number above 0, or None for none"),
+        ({"alpha": float("inf")}, "experts: alpha was inf, expected 0 .none. or a finite number above"),
+        ({"alpha": 2.0, "activation": "gelu"}, "experts: alpha was 2, expected 0 with activation 2: silu alone has it"),
+        ({"up_offset": float("nan")}, "experts: up_offset was -?nan, expected a finite number"),
+        ({"is_transposed": True}, "gate_up_proj: 2I was 72 columns, expected twice a multiple of 8 from 8 to 16777216"),
+        ({"is_transposed": "down"}, r"down_proj: shape was \[3, 72, 88\], expected \[E, I, H\] = \[3, 88, 72\]"),
+        ({"has_gate": False}, r"down_proj: shape was \[3, 72, 88\], expected \[E, H, I\] = \[3, 72, 176\]"),
+        ({"has_gate": False, "limit": 1.0}, "experts: limit was 1, expected 0 with no_gate"),
+        ({"has_gate": False, "up_offset": 1.0}, "experts: up_offset was 1, expected 0 with no_gate"),
+        ({"has_gate": False, "is_interleaved": True}, "experts: is_interleaved was 1, expected 0 with no_gate"),
+        ({"has_gate": False, "up_proj": parts.up}, "up_proj: was given, expected NULL with no_gate"),
+        ({"up_proj": parts.up, "is_interleaved": True}, "experts: is_interleaved was 1, expected 0 with up_proj"),
+        ({"up_proj": parts.up}, r"down_proj: shape was \[3, 72, 88\], expected \[E, H, I\] = \[3, 72, 176\]"),
+        ({"up_bias": parts.up_bias}, "up_bias: was given, expected NULL without up_proj"),
+        ({"gate_up_bias": bias[:, :88]}, r"gate_up_bias: shape was \[3, 88\], expected \[E, 2I\] = \[3, 176\]"),
+        ({"gate_up_bias": bias.half()}, "gate_up_bias: dtype was float16, expected bfloat16 or float32"),
+        ({"down_bias": down_bias[0]}, r"down_bias: had 1 axes, expected 2: \[E, H\]"),
+        ({"down_bias": down_bias.t().contiguous().t()}, "down_bias: strides were"),
+    ]
+    for properties, sentence in refusals:
+        with pytest.raises(ValueError, match=sentence):
+            warpdecode.Experts(gate_up, down, **properties)
+    with pytest.raises(ValueError, match="gate_up_proj: I was 84 rows, expected a multiple of 8 from 8 to 16777216"):
+        warpdecode.Experts(parts.gate[:, :84].contiguous(), down, has_gate=False)
+    parts.gate_bias.requires_grad_()
+    with pytest.raises(ValueError, match="gate_up_bias: requires a gradient"):
+        describe(parts)(*draw_tokens(parts, 2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("layout", "properties", "sentence"),
+    [
+        ("transposed", {}, "experts: is_transposed was set"),
+        ("down transposed", {}, "experts: is_transposed was set"),
+        ("interleaved", {}, "experts: is_interleaved was set"),
+        ("separate", {}, "up_proj was given"),
+        ("pointers", {}, "gate_up_pointers was given"),
+        ("standard", {"activation": "gelu"}, "experts: activation was none of silu and gelu_tanh"),
+        ("standard", {"limit": 7.0}, "experts: limit was set"),
+        ("standard", {"alpha": 1.702}, "experts: alpha was set"),
+        ("standard", {"up_offset": 1.0}, "experts: up_offset was set"),
+        ("standard", {"weight_on_input": True}, "experts: weight_on_input was set"),
+    ],
+    ids=str,
+)
+def test_cuda_refuses_what_it_does_not_serve(cuda, layout, properties, sentence):
+    parts = draw_parts(3, 72, 88, torch.bfloat16).to(cuda)
+    with pytest.raises(ValueError, match=sentence + ", which no CUDA kernel serves; expected CPU memory"):
+        describe(parts, layout, **properties)
