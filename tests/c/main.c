@@ -70,6 +70,7 @@ int main(int argc, char **argv) {
       {"call_refusals", test_call_refusals},
       {"addresses", test_addresses},
       {"guard_pages", test_guard_pages},
+      {"layouts", test_layouts},
       {"read_memory", test_read_memory},
       {"cuda", test_cuda},
       {"concurrency", test_concurrency},

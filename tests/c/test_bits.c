@@ -49,7 +49,7 @@ static void kernels(void) {
   if (count == 1) harness_skip("kernels against each other: %s is the only one usable here", names[0]);
   for (int of = 0; of < FLOAT_KINDS; of++)
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-      for (int activation = 0; activation < 2; activation++) {
+      for (int32_t activation = WD_ACTIVATION_SILU; activation <= WD_ACTIVATION_RELU2; activation++) {
         sizes s = small_sizes((kind)of);
         s.tokens = shapes[i][0];
         s.top_k = shapes[i][1];

@@ -1,4 +1,4 @@
-/* test_values.c - results against the FP64 reference, for every type and both activations. */
+/* test_values.c - results against the FP64 reference, for every type and activation. */
 #include "harness.h"
 #include "reference.h"
 #include <stdio.h>
@@ -6,10 +6,11 @@
 
 /* forward, then gate_up and down, which must give the bits of forward. */
 static void check_layer(sizes of, uint64_t seed) {
+  static const char *const activations[] = {"silu", "gelu_tanh", "gelu", "relu", "relu2"};
   char title[160];
   snprintf(title, sizeof title, "%s, ids %s, weights %s, %s, T %d K %d E %d H %d I %d", kind_name(of.of),
-           kind_name(of.ids), kind_name(of.weights), of.activation == WD_ACTIVATION_SILU ? "silu" : "gelu_tanh",
-           (int)of.tokens, (int)of.top_k, (int)of.experts, (int)of.hidden, (int)of.intermediate);
+           kind_name(of.ids), kind_name(of.weights), activations[of.activation], (int)of.tokens, (int)of.top_k,
+           (int)of.experts, (int)of.hidden, (int)of.intermediate);
   harness_doing("%s", title);
   call c;
   call_make(&c, of, seed);
@@ -30,7 +31,7 @@ static void shapes(void) {
       {2, 1, 3, 264, 8}, {2, 2, 3, 136, 264}, {60, 2, 2, 24, 16}, {1, 40, 3, 16, 8},
   };
   for (int of = 0; of < FLOAT_KINDS; of++)
-    for (int activation = 0; activation < 2; activation++)
+    for (int32_t activation = WD_ACTIVATION_SILU; activation <= WD_ACTIVATION_RELU2; activation++)
       for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const sizes s = {.tokens = shapes[i][0],
                          .top_k = shapes[i][1],
@@ -40,7 +41,7 @@ static void shapes(void) {
                          .of = (kind)of,
                          .ids = i % 2 ? INT32 : INT64,
                          .weights = FLOAT32,
-                         .activation = activation ? WD_ACTIVATION_GELU_TANH : WD_ACTIVATION_SILU};
+                         .activation = activation};
         check_layer(s, 100 + i);
       }
 }
@@ -60,9 +61,9 @@ static void routing_types(void) {
 /* Gates far out, where the activations are flat or steep: 0, the identity, and no NaN on the way. */
 static void large_gates(void) {
   for (int of = 0; of < FLOAT_KINDS; of++)
-    for (int activation = 0; activation < 2; activation++) {
+    for (int32_t activation = WD_ACTIVATION_SILU; activation <= WD_ACTIVATION_RELU2; activation++) {
       sizes s = small_sizes((kind)of);
-      s.activation = activation ? WD_ACTIVATION_GELU_TANH : WD_ACTIVATION_SILU;
+      s.activation = activation;
       call c;
       call_make(&c, s, 300);
       tensor_fill(&c.tensors[HIDDEN_STATES], 301, 30.0);
