@@ -24,7 +24,7 @@
  * that occurs twice in a token counts twice. T == 0 succeeds and does nothing.
  *
  * Tensors are borrowed DLPack tensors: compact (strides NULL or row-major), their data (byte_offset included) aligned
- * to their element size, on CUDA to 16 bytes (but topk_ids and topk_weights). All tensors of a call live on one device:
+ * to their element size, on CUDA to 16 bytes (but ids, routing weights, biases and tables). All tensors of a call live on one device:
  * kDLCPU (or kDLCUDAHost, treated as CPU memory), or one kDLCUDA device. The library never allocates device memory,
  * never synchronises, never keeps a pointer after a call, never prints, never exits. On CUDA a call enqueues kernels on
  * the caller's stream and returns; every pointer must stay valid until the stream has passed them. On the CPU a call

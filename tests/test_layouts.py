@@ -82,6 +82,18 @@ def test_sums_below_the_subnormals():
             assert torch.equal(inter.view(torch.int32), expected.view(torch.int32)), (layout, kernel)
 
 
+def test_a_zero_keeps_its_sign():
+    """An up whose every product underflows is -0; no offset and no limit leave it one."""
+    parts = draw_parts(1, 32, 8, torch.float32)
+    parts.gate.fill_(1.0)
+    parts.up.fill_(-1e-30)
+    x = torch.full((1, 32), 1e-30)
+    for layout in LAYOUTS:
+        for kernel in kernels_of("cpu"):
+            inter = warpdecode.moe_gate_up_3d_batched(describe(parts, layout, kernel), x, torch.zeros(1, 1).int())
+            assert (inter == 0).all() and inter.signbit().all(), (layout, kernel)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_are_close_to_fp64(gate):
     properties = dict(GATES[gate])
