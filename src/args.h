@@ -41,8 +41,8 @@ static inline int64_t wd_column_groups(const wd_moe_shape *s) {
 
 /* One projection of all experts, whatever its layout. Element k (an input) of row r (an output) of expert e lies
  * offset + r * row_stride + k * k_stride elements behind the expert's first, which is pointers[e], or where there are
- * no pointers data + e * expert_stride. Either k_stride is 1, or the weights are transposed and row_stride is 1 or 2.
- */
+ * no pointers data + e * expert_stride. Either k_stride is 1, or the weights are transposed and row_stride is 1, or 2
+ * where gate and up alternate. */
 typedef struct {
   const void *data;
   const uint64_t *pointers; /* [E] addresses, in the memory of the weights' device; NULL: data */

@@ -24,11 +24,11 @@
  * that occurs twice in a token counts twice. T == 0 succeeds and does nothing.
  *
  * Tensors are borrowed DLPack tensors: compact (strides NULL or row-major), their data (byte_offset included) aligned
- * to their element size, on CUDA to 16 bytes (but ids, routing weights, biases and tables). All tensors of a call live on one device:
- * kDLCPU (or kDLCUDAHost, treated as CPU memory), or one kDLCUDA device. The library never allocates device memory,
- * never synchronises, never keeps a pointer after a call, never prints, never exits. On CUDA a call enqueues kernels on
- * the caller's stream and returns; every pointer must stay valid until the stream has passed them. On the CPU a call
- * returns when the result is written.
+ * to their element size, on CUDA to 16 bytes (but ids, routing weights, biases and tables). All tensors of a call live
+ * on one device: kDLCPU (or kDLCUDAHost, treated as CPU memory), or one kDLCUDA device. The library never allocates
+ * device memory, never synchronises, never keeps a pointer after a call, never prints, never exits. On CUDA a call
+ * enqueues kernels on the caller's stream and returns; every pointer must stay valid until the stream has passed them.
+ * On the CPU a call returns when the result is written.
  *
  * Errors. Every function that can fail returns a wd_status. wd_last_error() then holds a sentence, for this thread,
  * that names the argument, what it was and what was expected. Everything is checked before the first launch: when

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 import reference
+import warpdecode
 
 # What Experts takes for each family's gate (tests/reference.py computes the same).
 GATES = {
@@ -119,3 +120,20 @@ def exact(parts, x, ids, weights, layout="standard", **properties):
     return torch.from_numpy(
         reference.moe(plain(x), ids.numpy(), plain(weights), plain(gate_up), plain(down), **keywords)
     )
+
+
+def describe(parts, layout="standard", kernel=None, **properties):
+    """The Experts of a layer in a layout."""
+    gate_up, down, keywords = stored(parts, layout)
+    return warpdecode.Experts(gate_up, down, kernel=kernel, **{**keywords, **properties})
+
+
+def draw_tokens(parts, tokens, top_k, seed=0, routing_dtype=torch.float32):
+    """(hidden_states, topk_ids, topk_weights); some ids are out of range, and their weights NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, hidden, _ = parts.down.shape
+    x = torch.randn(tokens, hidden, generator=generator).to(parts.down.dtype)
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)
+    weights = torch.rand(tokens, top_k, generator=generator).to(routing_dtype)
+    weights[(ids < 0) | (ids >= experts)] = float("nan")
+    return x, ids, weights

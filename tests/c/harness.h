@@ -24,6 +24,7 @@ void test_call_refusals(void);
 void test_addresses(void);
 void test_guard_pages(void);
 void test_layouts(void);
+void test_experts_refusals(void);
 void test_read_memory(void);
 void test_cuda(void);
 void test_concurrency(void);

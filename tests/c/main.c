@@ -71,6 +71,7 @@ int main(int argc, char **argv) {
       {"addresses", test_addresses},
       {"guard_pages", test_guard_pages},
       {"layouts", test_layouts},
+      {"experts_refusals", test_experts_refusals},
       {"read_memory", test_read_memory},
       {"cuda", test_cuda},
       {"concurrency", test_concurrency},

@@ -1,0 +1,170 @@
+/* test_experts_refusals.c - descriptions of a layer that must be refused: exact sentences, nothing written; and smaller
+ * structs, which are as good as whole ones. */
+#include "harness.h"
+#include "layouts.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* What an older caller left behind its smaller struct is not looked at. */
+static void smaller_structs(void) {
+  call c;
+  call_make(&c, small_sizes(BFLOAT16), 1700);
+  call_succeeds(&c, FORWARD);
+  void *const expected = bits_of(&c.tensors[OUTPUT]);
+  memset((char *)&c.experts + offsetof(wd_moe_experts, up_proj), 0xFF,
+         sizeof c.experts - offsetof(wd_moe_experts, up_proj));
+  const size_t first = offsetof(wd_moe_experts, activation) + sizeof c.experts.activation;
+  for (c.experts.struct_size = first; c.experts.struct_size <= offsetof(wd_moe_experts, up_proj);
+       c.experts.struct_size += 4) {
+    call_succeeds(&c, FORWARD);
+    check_same_bits(&c.tensors[OUTPUT], expected, "a struct of %zu bytes", c.experts.struct_size);
+  }
+  free(expected);
+  call_free(&c);
+}
+
+static void refused_numbers(call *c) {
+  const wd_moe_experts sound = c->experts;
+  static const int32_t wrong[] = {-1, 2, INT32_MAX};
+  for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+    static const struct {
+      const char *name;
+      size_t offset;
+    } flags[] = {{"is_interleaved", offsetof(wd_moe_experts, is_interleaved)},
+                 {"no_gate", offsetof(wd_moe_experts, no_gate)},
+                 {"weight_on_input", offsetof(wd_moe_experts, weight_on_input)},
+                 {"clamp_after_activation", offsetof(wd_moe_experts, clamp_after_activation)}};
+    for (size_t j = 0; j < sizeof flags / sizeof *flags; j++) {
+      memcpy((char *)&c->experts + flags[j].offset, &wrong[i], sizeof wrong[i]);
+      call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "experts: %s was %d, expected 0 or 1", flags[j].name, wrong[i]);
+      c->experts = sound;
+    }
+    c->experts.is_transposed = wrong[i] == 2 ? 3 : wrong[i];
+    call_refused(c, FORWARD, WD_INVALID_ARGUMENT,
+                 "experts: is_transposed was %d, expected 0 (none), 1 (all) or 2 (down_proj alone)",
+                 c->experts.is_transposed);
+    c->experts = sound;
+  }
+  c->experts.limit = -2.0f;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "experts: limit was -2, expected 0 (none) or more");
+  c->experts = sound;
+  c->experts.alpha = INFINITY;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "experts: alpha was inf, expected 0 (none) or a finite number above");
+  c->experts = sound;
+  c->experts.up_offset = -INFINITY;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "experts: up_offset was -inf, expected a finite number");
+  c->experts = sound;
+  c->experts.weight_on_input = 1;
+  for (int of = GATE_UP; of <= DOWN; of++)
+    call_refused(c, (operation)of, WD_UNSUPPORTED,
+                 "experts: weight_on_input was 1, expected 0 where one kernel runs alone: use wd_moe_forward");
+  c->experts = sound;
+}
+
+/* Tables: their own description, the one beside them, and what is written over them. */
+static void refused_tables(call *c) {
+  const wd_moe_experts sound = c->experts;
+  part parts[PARTS];
+  tensor bias, down_bias;
+  const layout pointers = {"pointers", 0, 0, 0, 1};
+  tensor_make(&bias, FLOAT32, 2, (int64_t[]){c->sizes.experts, 2 * c->sizes.intermediate}, c->sizes.where);
+  tensor_make(&down_bias, FLOAT32, 2, (int64_t[]){c->sizes.experts, c->sizes.hidden}, c->sizes.where);
+  tensor_fill(&bias, 1, 1.0);
+  tensor_fill(&down_bias, 2, 1.0);
+  parts_store(parts, c, &bias, &down_bias, pointers);
+  parts_give(c, parts, pointers);
+  call_succeeds(c, FORWARD);
+  c->given[GATE_UP_PROJ] = NULL;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "gate_up_proj: was NULL, expected a tensor [2I, H]");
+  c->given[GATE_UP_PROJ] = &parts[GATE_UP_PART].described;
+  c->experts.down_bias = NULL;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "down_bias: was NULL, expected a tensor [H]");
+  c->experts.down_bias = &parts[DOWN_BIAS_PART].described;
+  DLTensor *const table = &parts[DOWN_PART].table.dl;
+  const DLTensor table_sound = *table;
+  table->dtype = (DLDataType){kDLInt, 32, 1};
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "down_pointers: dtype was int32, expected int64 or uint64");
+  table->dtype = (DLDataType){kDLUInt, 64, 1};
+  call_succeeds(c, FORWARD);
+  *table = table_sound;
+  table->data = (char *)table_sound.data - 4;
+  call_refused(
+      c, FORWARD, WD_INVALID_ARGUMENT,
+      "down_pointers: data (byte_offset included) was 4 bytes past a multiple of 8, expected an address aligned "
+      "to 8 bytes");
+  *table = table_sound;
+  table->shape = (int64_t[]){2};
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "down_pointers: shape was [2], expected [E] = [3]");
+  *table = table_sound;
+  table->device = (DLDevice){kDLCUDA, 0};
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "down_pointers: was on cuda:0, expected cpu as gate_up_proj");
+  *table = table_sound;
+  DLTensor over = c->tensors[OUTPUT].dl;
+  c->given[OUTPUT] = &over;
+  over.data = table->data;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "output: overlaps down_pointers in memory, expected memory of its own");
+  c->experts.down_bias_pointers = NULL;
+  c->experts.down_bias = &down_bias.dl;
+  over.data = down_bias.memory.data;
+  call_refused(c, FORWARD, WD_INVALID_ARGUMENT, "output: overlaps down_bias in memory, expected memory of its own");
+  c->given[OUTPUT] = &c->tensors[OUTPUT].dl;
+  call_succeeds(c, FORWARD); /* a tensor beside tables */
+  c->experts = sound;
+  c->given[GATE_UP_PROJ] = &c->tensors[GATE_UP_PROJ].dl;
+  c->given[DOWN_PROJ] = &c->tensors[DOWN_PROJ].dl;
+  parts_free(parts);
+  tensor_free(&bias);
+  tensor_free(&down_bias);
+}
+
+/* CUDA's refusals need no device. Its tensors lie where reading them would end the program. */
+static void refused_on_cuda(void) {
+  const DLDevice cuda = {kDLCUDA, 0};
+  call c;
+  call_make(&c, small_sizes(BFLOAT16), 1701);
+  memory nowhere = memory_take(0, BEGINS_AT_GUARD);
+  DLTensor matrices[2] = {c.tensors[GATE_UP_PROJ].dl, c.tensors[DOWN_PROJ].dl};
+  for (int i = 0; i < 2; i++) {
+    matrices[i].device = cuda;
+    matrices[i].data = nowhere.data;
+  }
+  c.given[GATE_UP_PROJ] = &matrices[0];
+  c.given[DOWN_PROJ] = &matrices[1];
+  DLTensor bias = {.data = nowhere.data,
+                   .device = cuda,
+                   .ndim = 2,
+                   .dtype = kind_dtype(FLOAT32),
+                   .shape = (int64_t[]){c.sizes.experts, c.sizes.hidden}};
+  const wd_moe_experts sound = c.experts;
+  static const char rest[] = "which no CUDA kernel serves; expected CPU memory";
+  c.experts.limit = 7.0f;
+  call_refused(&c, FORWARD, WD_UNSUPPORTED, "experts: limit was set, %s", rest);
+  c.experts = sound;
+  c.experts.down_bias = &bias;
+  call_refused(&c, FORWARD, WD_UNSUPPORTED, "down_bias was given, %s", rest);
+  c.experts = sound;
+  c.experts.activation = WD_ACTIVATION_GELU;
+  call_refused(&c, FORWARD, WD_UNSUPPORTED, "experts: activation was none of silu and gelu_tanh, %s", rest);
+  c.experts = sound;
+  c.experts.is_interleaved = 1;
+  call_refused(&c, FORWARD, WD_UNSUPPORTED, "experts: is_interleaved was set, %s", rest);
+  size_t bytes = 0;
+  c.experts.gate_up_proj = &matrices[0];
+  c.experts.down_proj = &matrices[1];
+  check_error(wd_moe_workspace_size(&c.experts, 1, 1, &bytes), WD_UNSUPPORTED, "experts: is_interleaved was set, %s",
+              rest);
+  memory_free(&nowhere);
+  call_free(&c);
+}
+
+void test_experts_refusals(void) {
+  smaller_structs();
+  call c;
+  call_make(&c, small_sizes(BFLOAT16), 1702);
+  refused_numbers(&c);
+  refused_tables(&c);
+  call_succeeds(&c, FORWARD);
+  call_free(&c);
+  refused_on_cuda();
+}
