@@ -32,11 +32,10 @@ template <> struct Element<bf16> {
     return __float2bfloat16_rn(v);
   }
   static constexpr float kLowScale = 1.0f; // of the intermediate's low part
-  static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                             uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 };
 template <> struct Element<f16> {
@@ -47,11 +46,10 @@ template <> struct Element<f16> {
     return __float2half_rn(v);
   }
   static constexpr float kLowScale = 1 << WD_F16_LOW_SHIFT;
-  static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                             uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 };
 
@@ -84,6 +82,11 @@ __host__ __device__ __forceinline__ int chunks_of(int length) {
   return (length + kChunk - 1) / kChunk;
 }
 
+// Row 0 of an expert's projection (src/args.h).
+template <class T> __device__ __forceinline__ const T *rows_of(const wd_matrix &m, int expert) {
+  return (m.pointers ? (const T *)m.pointers[expert] : (const T *)m.data + expert * m.expert_stride) + m.offset;
+}
+
 // ---- the intermediate in two parts ----------------------------------------------------------------------------------
 
 // Two neighbouring values, one 4-byte store.
@@ -94,9 +97,8 @@ template <class T> union Pair {
   }
 };
 
-// act(gate) * up as a high and a low part.
-template <class T> __device__ __forceinline__ void split_intermediate(float activated, float up, T *high, T *low) {
-  const float value = __fmul_rn(activated, up);
+// A value of the intermediate as a high and a low part.
+template <class T> __device__ __forceinline__ void split_intermediate(float value, T *high, T *low) {
   *high = Element<T>::round(value);
   const float rest = __fsub_rn(value, Element<T>::widen(*high));
   *low = Element<T>::round(fabsf(rest) < INFINITY ? rest * Element<T>::kLowScale : 0.0f); // inf - inf would be NaN

@@ -166,7 +166,8 @@ int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape
   if (schedule == WD_CUDA_DIRECT && shape->top_k > WD_CUDA_DIRECT_MAX_TOP_K) return 0;
   const int64_t rows =
       2 * (int64_t)shape->intermediate > shape->hidden ? 2 * (int64_t)shape->intermediate : shape->hidden;
-  if (schedule == WD_CUDA_TILED && (shape->experts > WD_CUDA_TILED_MAX_EXPERTS || shape->experts * rows > INT32_MAX))
+  if (schedule == WD_CUDA_TILED && (shape->scattered || shape->transposed ||
+                                    shape->experts > WD_CUDA_TILED_MAX_EXPERTS || shape->experts * rows > INT32_MAX))
     return 0; // the tensor memory accelerator counts rows in 32 bits
   return schedule_runs(schedule, device);
 }

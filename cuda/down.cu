@@ -5,9 +5,11 @@
 // The intermediate comes as a high and a low part of the weights' type, each with a chain of products of its own:
 //   v = dot(high) + dot(low) * 2^-S
 // and the slots are combined in slot order, one fused multiply-add each, from zero.
-// A warp owns 16 hidden rows of one expert. Bytes: H*I*2 per distinct expert.
+// A warp owns 16 hidden rows of one expert, or two or four times as many where weights are transposed. Bytes: H*I*2 per
+// distinct expert.
 //
-// direct:  a block serves 16 rows of one token, a warp a slot, combined in shared memory: one launch, nothing written
+// direct:  a block serves a warp's rows of one token, a warp a slot, combined in shared memory: one launch, nothing
+// written
 //          but the output.
 // grouped: a block serves rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
 //          to scratch (it stays in L2); combine_slots adds them up.
@@ -16,6 +18,7 @@
 #include "columns.cuh"
 #include "device.cuh"
 #include "direct.cuh"
+#include "gating.cuh"
 #include "grouped.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
@@ -24,55 +27,88 @@ namespace wd {
 
 constexpr int kMaxSlots = WD_CUDA_DIRECT_MAX_TOP_K;
 
-// grid (H / 16, T), block 32 * K
-template <class T, int AHEAD>
-__global__ void __launch_bounds__(32 * kMaxSlots) down_direct(const wd_down_args args, bool dependent) {
+// The rows of a warp, and the weights for them.
+template <class Rows> struct DownRows;
+template <class T> struct DownRows<PlainRows<T>> {
+  static __device__ __forceinline__ PlainRows<T> of(const wd_down_args &args, int expert, int first) {
+    const T *rows = rows_of<T>(args.down, expert) + first * args.down.row_stride;
+    return PlainRows<T>(rows, rows + 8 * args.down.row_stride, args.down.row_stride, args.shape.hidden - first,
+                        args.shape.intermediate);
+  }
+};
+template <class T, int TILES> struct DownRows<TransposedRows<T, TILES>> {
+  static __device__ __forceinline__ TransposedRows<T, TILES> of(const wd_down_args &args, int expert, int first) {
+    const int row = first + 8 * (threadIdx.x % (2 * TILES));
+    return TransposedRows<T, TILES>(row < args.shape.hidden ? rows_of<T>(args.down, expert) + row : nullptr,
+                                    args.down.k_stride, args.shape.intermediate);
+  }
+};
+// A lane's row of those, of `tile`, low or high: as both kinds of rows have them.
+template <class Rows> __device__ __forceinline__ int row_in_warp(int tile, int high) {
+  return 8 * (tile + high * Rows::kTiles) + threadIdx.x % 32 / 4;
+}
+
+// grid (H / rows of a warp, T), block 32 * K
+template <class T, class Rows, int AHEAD>
+__global__ void __launch_bounds__(32 * kMaxSlots)
+    down_direct(const __grid_constant__ wd_down_args args, bool dependent) {
+  constexpr int kRows = 16 * Rows::kTiles;
   extern __shared__ __align__(128) uint8_t rings[];
-  __shared__ float values[kMaxSlots][16], slot_weights[kMaxSlots];
+  __shared__ float values[kMaxSlots][kRows], slot_weights[kMaxSlots];
   __shared__ bool served[kMaxSlots];
   const wd_moe_shape &s = args.shape;
-  const int slot = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-  const int first_row = blockIdx.x * 16;
+  const int slot = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = blockIdx.x * kRows;
   const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
-  // now, not at the end, where nothing would hide its way from memory
-  const float weight =
-      expert >= 0 ? widen_weight(args.topk_weights, args.topk_weights_dtype, first_route + slot) : 0.0f;
+  // weight and biases now, not at the end, where nothing would hide their way from memory
+  const float weight = expert >= 0 ? weight_at(args.topk_weights, args.topk_weights_dtype, first_route + slot) : 0.0f;
   if (expert >= 0) {
-    const T *rows = (const T *)args.down_proj + ((int64_t)expert * s.hidden + first_row) * (int64_t)s.intermediate;
+    float bias[Rows::kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < Rows::kTiles; tile++)
+#pragma unroll
+      for (int high = 0; high < 2; high++) {
+        const int row = first_row + row_in_warp<Rows>(tile, high);
+        bias[tile][high] = row < s.hidden ? bias_at(args.down_bias, expert, row) : -0.0f;
+      }
     const T *column = (const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate;
-    float c[2][1][4];
-    direct_dot<T, 2, AHEAD>(c, rows, 8 * (int64_t)s.intermediate, first_row + 8 < s.hidden, column, s.intermediate,
-                            s.intermediate, rings + slot * direct_bytes<2, AHEAD>(), [&] {
+    float c[Rows::kTiles][2][1][4];
+    direct_dot<T, 2, AHEAD>(c, DownRows<Rows>::of(args, expert, first_row), column, s.intermediate, s.intermediate,
+                            rings + slot * direct_bytes<Rows, 2, AHEAD>(), [&] {
                               if (dependent) wait_for_previous_grid();
                             });
     if (lane % 4 == 0) { // all columns are the same route
-      values[slot][g] = join_parts<T>(c[0][0][0], c[1][0][0]);
-      values[slot][g + 8] = join_parts<T>(c[0][0][2], c[1][0][2]);
+#pragma unroll
+      for (int tile = 0; tile < Rows::kTiles; tile++)
+#pragma unroll
+        for (int high = 0; high < 2; high++)
+          values[slot][row_in_warp<Rows>(tile, high)] =
+              __fadd_rn(join_parts<T>(c[tile][0][0][2 * high], c[tile][1][0][2 * high]), bias[tile][high]);
     }
   } else if (dependent) {
     wait_for_previous_grid(); // also where no id was valid: see down_grouped
   }
   if (lane == 0) slot_weights[slot] = weight, served[slot] = expert >= 0;
   __syncthreads();
-  const int row = threadIdx.x;
-  if (row >= 16 || first_row + row >= s.hidden) return;
-  float sum = 0.0f;
-  for (int i = 0; i < s.top_k; i++)
-    if (served[i]) sum = __fmaf_rn(slot_weights[i], values[i][row], sum);
-  ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
+  for (int row = threadIdx.x; row < kRows && first_row + row < s.hidden; row += blockDim.x) {
+    float sum = 0.0f;
+    for (int i = 0; i < s.top_k; i++)
+      if (served[i]) sum = __fmaf_rn(slot_weights[i], values[i][row], sum);
+    ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
+  }
 }
 
-// The block's rows (16 a warp) of one expert against 8*TILES routes.
-template <class T, class Sizes, int TILES>
-__device__ __forceinline__ void down_routes(const wd_down_args &args, const T *expert, const int32_t *routes, int count,
+// The block's rows of one expert against 8*TILES routes.
+template <class T, class Rows, class Sizes, int TILES>
+__device__ __forceinline__ void down_routes(const wd_down_args &args, int expert, const int32_t *routes, int count,
                                             uint32_t ring, bool wait) {
   const wd_moe_shape &s = args.shape;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = (blockIdx.x * Sizes::kWarps + warp) * 16, row = first_row + lane / 4;
-  float c[2][TILES][4];
+  const int first_row = (blockIdx.x * Sizes::kWarps + warp) * 16 * Rows::kTiles;
+  float c[Rows::kTiles][2][TILES][4];
   block_dot<T, Sizes, TILES, 2>(
-      c, expert + (int64_t)first_row * s.intermediate, 8 * (int64_t)s.intermediate, s.hidden - first_row,
+      c, DownRows<Rows>::of(args, expert, first_row),
       [&](int i, int part) {
         return i < count ? (const T *)args.intermediate + ((int64_t)routes[i] * 2 + part) * s.intermediate : nullptr;
       },
@@ -81,21 +117,28 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, const T *e
         if (wait) wait_for_previous_grid();
       });
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
+  for (int row_tile = 0; row_tile < Rows::kTiles; row_tile++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int column = 8 * tile + lane % 4 * 2 + j;
-      if (column >= count) continue;
-      float *out = down_values(args) + (int64_t)routes[column] * s.hidden + row;
-      if (row < s.hidden) out[0] = join_parts<T>(c[0][tile][j], c[1][tile][j]);
-      if (row + 8 < s.hidden) out[8] = join_parts<T>(c[0][tile][2 + j], c[1][tile][2 + j]);
+    for (int high = 0; high < 2; high++) {
+      const int row = first_row + row_in_warp<Rows>(row_tile, high);
+      if (row >= s.hidden) continue;
+      const float bias = bias_at(args.down_bias, expert, row);
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const int column = 8 * tile + lane % 4 * 2 + j;
+          if (column >= count) continue;
+          down_values(args)[(int64_t)routes[column] * s.hidden + row] =
+              __fadd_rn(join_parts<T>(c[row_tile][0][tile][2 * high + j], c[row_tile][1][tile][2 * high + j]), bias);
+        }
     }
 }
 
-// grid (H / (16 * warps), experts, splits of long lists), block Sizes::kThreads; scratch: v[T*K, H]
-template <class T, class Sizes>
+// grid (H / rows of the warps, experts, splits of long lists), block Sizes::kThreads; scratch: v[T*K, H]
+template <class T, class Rows, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, 2)
-    down_grouped(const wd_down_args args, RouteLists lists, bool dependent) {
+    down_grouped(const __grid_constant__ wd_down_args args, RouteLists lists, bool dependent) {
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ int32_t searched[kSearchedRoutes], warp_counts[Sizes::kWarps];
   allow_next_grid();
@@ -103,17 +146,16 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
   const int expert = blockIdx.y;
   const int32_t *routes;
   const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
-  const T *weights = (const T *)args.down_proj + (int64_t)expert * s.hidden * s.intermediate;
   const uint32_t shared = shared_address(ring);
   bool wait = dependent;
   for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
     const int left = min(Sizes::kRoutes, count - first);
     if (Sizes::kTiles > 2 && left > 16)
-      down_routes<T, Sizes, Sizes::kTiles>(args, weights, routes + first, left, shared, wait);
+      down_routes<T, Rows, Sizes, Sizes::kTiles>(args, expert, routes + first, left, shared, wait);
     else if (Sizes::kTiles > 1 && left > 8)
-      down_routes<T, Sizes, Sizes::kMiddleTiles>(args, weights, routes + first, left, shared, wait);
+      down_routes<T, Rows, Sizes, Sizes::kMiddleTiles>(args, expert, routes + first, left, shared, wait);
     else
-      down_routes<T, Sizes, 1>(args, weights, routes + first, left, shared, wait);
+      down_routes<T, Rows, Sizes, 1>(args, expert, routes + first, left, shared, wait);
     wait = false;
   }
   // One block always waits, work or not, so that the end of this grid implies the end of gate_up for whatever follows.
@@ -121,25 +163,44 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
   if (wait && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_grid();
 }
 
-template <class T, class Sizes>
+template <class T, class Rows> wd_status launch_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  constexpr int kRows = 16 * Rows::kTiles;
+  const unsigned blocks = (unsigned)(s.hidden + kRows - 1) / kRows;
+  return choose_ahead<Rows, 2>(blocks * s.tokens, s.top_k, [&](auto ahead) {
+    return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3(blocks, (unsigned)s.tokens),
+                                                      dim3(32 * s.top_k), s.top_k * direct_bytes<Rows, 2, ahead>(),
+                                                      stream, dependent, args, dependent);
+  });
+}
+
+template <class T, class Rows, class Sizes>
 wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  return launch_shared<down_grouped<T, Sizes>>(
-      "down_grouped", dim3((s.hidden + Sizes::kRows - 1) / Sizes::kRows, s.experts, list_splits(s)),
-      dim3(Sizes::kThreads), Sizes::kAhead * Sizes::slot_bytes(2), stream, dependent, args, lists, dependent);
+  constexpr int kRows = 16 * Rows::kTiles * Sizes::kWarps;
+  return launch_shared<down_grouped<T, Rows, Sizes>>(
+      "down_grouped", dim3((s.hidden + kRows - 1) / kRows, s.experts, list_splits(s)), dim3(Sizes::kThreads),
+      Sizes::kAhead * Sizes::template slot_bytes<Rows>(2), stream, dependent, args, lists, dependent);
 }
 
 // The ring as deep as leaves room for two or three blocks an SM; GPUs with 99 KB for a block have one of three steps.
 template <class T>
 wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
+  const wd_moe_shape &s = args.shape;
+  if (args.down.k_stride != 1) {
+    using Rows = TransposedRows<T, 4>;
+    if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<2, 1, 4>>(args, lists, dependent, stream);
+    return launch_grouped<T, Rows, GroupedSizes<2, 2, 4>>(args, lists, dependent, stream);
+  }
+  using Rows = PlainRows<T>;
   using Deep = GroupedSizes<8, 4, 4>;
   int limit;
   WD_TRY(shared_memory_of_block(&limit));
-  if (routes_an_expert(args.shape, 2)) return launch_grouped<T, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream);
-  if (routes_an_expert(args.shape, 6)) return launch_grouped<T, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
-  if (Deep::kAhead * Deep::slot_bytes(2) + 8192 <= limit)
-    return launch_grouped<T, Deep>(args, lists, dependent, stream);
-  return launch_grouped<T, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream);
+  if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream);
+  if (routes_an_expert(s, 6)) return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
+  if (Deep::kAhead * Deep::slot_bytes<Rows>(2) + 8192 <= limit)
+    return launch_grouped<T, Rows, Deep>(args, lists, dependent, stream);
+  return launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream);
 }
 
 constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on their way together
@@ -147,7 +208,8 @@ constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8).
 // grid T * row_blocks
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads) combine_slots(const wd_down_args args, unsigned row_blocks) {
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_slots(const __grid_constant__ wd_down_args args, unsigned row_blocks) {
   const wd_moe_shape &s = args.shape;
   const unsigned token = blockIdx.x / row_blocks;
   const int h = (int)(blockIdx.x % row_blocks * kCombineThreads + threadIdx.x) * 4;
@@ -161,7 +223,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_slots(const wd_down_a
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
       valid[i] = base + i < s.top_k && expert_of(args.topk_ids, s.id_bytes, first + base + i, s.experts) >= 0;
-      if (valid[i]) weight[i] = widen_weight(args.topk_weights, args.topk_weights_dtype, first + base + i);
+      if (valid[i]) weight[i] = weight_at(args.topk_weights, args.topk_weights_dtype, first + base + i);
     }
     if (base == 0) wait_for_previous_grid();
     if (h >= s.hidden) return;
@@ -189,12 +251,13 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   bool early_launch;
   WD_TRY(serves_dependent_launch(&early_launch));
   const bool dependent = behind_gate_up && early_launch;
-  if (schedule == WD_CUDA_DIRECT)
-    return choose_ahead<2>((s.hidden + 15) / 16 * s.tokens, s.top_k, [&](auto ahead) {
-      return launch_shared<down_direct<T, ahead>>("down_direct", dim3((s.hidden + 15) / 16, (unsigned)s.tokens),
-                                                  dim3(32 * s.top_k), s.top_k * direct_bytes<2, ahead>(), stream,
-                                                  dependent, args, dependent);
-    });
+  if (schedule == WD_CUDA_DIRECT) {
+    if (args.down.k_stride == 1) return launch_direct<T, PlainRows<T>>(args, dependent, stream);
+    bool lines;
+    WD_TRY(long_lines(&lines, (int64_t)s.hidden * s.tokens * s.top_k));
+    return lines ? launch_direct<T, TransposedRows<T, 4>>(args, dependent, stream)
+                 : launch_direct<T, TransposedRows<T, 2>>(args, dependent, stream);
+  }
   RouteLists lists = {};
   const void *columns = args.intermediate;
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {

@@ -3,6 +3,7 @@
 // A route has two columns, the high and the low part of its intermediate. A unit is 128 rows, 32 a warp: half m, row
 // low or high (r) of lane group g is hidden value 4g + 2m + r, so a lane ends with four neighbouring values of a route
 // and stores 16 bytes of v[t,k,h].
+#include "gating.cuh"
 #include "routes.cuh"
 #include "tiled.cuh"
 
@@ -16,8 +17,8 @@ template <class T> struct Down {
     return args.shape.intermediate;
   }
   static constexpr int kBoxRows = kUnitRows;
-  __device__ __forceinline__ int box(int expert, int unit, int) const {
-    return expert * args.shape.hidden + unit * kUnitRows;
+  __device__ __forceinline__ int box(int unit, int) const {
+    return unit * kUnitRows;
   }
   static __device__ __forceinline__ int row(int warp, int g, int half, int high) {
     return warp * 32 + g * 4 + half * 2 + high;
@@ -28,13 +29,19 @@ template <class T> struct Down {
     const wd_moe_shape &s = args.shape;
     const int row = unit * kUnitRows + warp * 32 + lane / 4 * 4;
     if (row >= s.hidden) return;
+    float bias[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      bias[i] = bias_at(args.down_bias, item.expert, row + i);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile += 2)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         const int i = 4 * tile + lane % 4 * 2 + j;
         if (i >= item.count) continue;
-        auto v = [&](int half, int r) { return join_parts<T>(c[half][tile][2 * r + j], c[half][tile + 1][2 * r + j]); };
+        auto v = [&](int half, int r) {
+          return __fadd_rn(join_parts<T>(c[half][tile][2 * r + j], c[half][tile + 1][2 * r + j]), bias[2 * half + r]);
+        };
         *(float4 *)(down_values(args) + (int64_t)routes[i] * s.hidden + row) =
             make_float4(v(0, 0), v(0, 1), v(1, 0), v(1, 1));
       }
@@ -44,7 +51,7 @@ template <class T> struct Down {
 template <class T, class Sizes>
 __global__ void __launch_bounds__(kTiledThreads, 1)
     down_tiled_kernel(const __grid_constant__ wd_down_args args, const __grid_constant__ TiledPlan plan,
-                      const __grid_constant__ CUtensorMap rows, const __grid_constant__ CUtensorMap columns) {
+                      const __grid_constant__ RowMaps rows, const __grid_constant__ CUtensorMap columns) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   tiled<T, Sizes>(Down<T>{args}, args.shape, plan, rows, columns);
 #endif
@@ -54,15 +61,19 @@ template <class T, class Sizes>
 static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
                             cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  const TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows, lists, lists.taken + 1, dependent};
-  CUtensorMap row_map, column_map;
-  WD_TRY(describe_rows(&row_map, args.down_proj, s.intermediate, (int64_t)s.experts * s.hidden, s.intermediate,
-                       Down<T>::kBoxRows));
+  const wd_matrix &m = args.down;
+  const int64_t expert_rows = m.expert_stride / m.row_stride;
+  const TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows, (int)expert_rows, lists, lists.taken + 1, dependent};
+  RowMaps row_maps;
+  CUtensorMap column_map;
+  WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
+                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T>::kBoxRows));
+  row_maps.box[1] = row_maps.box[0]; // not used
   WD_TRY(describe_columns(&column_map, columns, s.intermediate, 2 * wd_column_groups(&s), Sizes::kBox));
   dim3 grid;
   WD_TRY(tiled_grid(&grid, s, plan.units, Sizes::kColumns / 2));
   return launch_shared<down_tiled_kernel<T, Sizes>>("down_tiled", grid, dim3(kTiledThreads), sizeof(TiledShared<Sizes>),
-                                                    stream, true, args, plan, row_map, column_map);
+                                                    stream, true, args, plan, row_maps, column_map);
 }
 
 template <class T>

@@ -2,7 +2,7 @@
 //
 // A unit is 64 neurons, 16 a warp: a lane group has the gate and the up row of one neuron in half 0, of the next in
 // half 1, so a lane ends with two neighbouring neurons of a route and stores four bytes.
-#include "activation.cuh"
+#include "gating.cuh"
 #include "tiled.cuh"
 
 namespace wd {
@@ -15,9 +15,9 @@ template <class T> struct GateUp {
   __device__ __forceinline__ int length() const {
     return args.shape.hidden;
   }
-  static constexpr int kBoxRows = 64; // gate rows, up rows
-  __device__ __forceinline__ int box(int expert, int unit, int i) const {
-    return (2 * expert + i) * args.shape.intermediate + unit * kBoxRows;
+  static constexpr int kBoxRows = 64; // gate rows, up rows; or gate rows both
+  __device__ __forceinline__ int box(int unit, int i) const {
+    return args.gating.has_up ? unit * kBoxRows : unit * kUnitRows + i * kBoxRows;
   }
   // Of lane group g: the first of two neighbouring neurons of a unit. Not 2g: see RowReader.
   static __device__ __forceinline__ int neuron(int warp, int g) {
@@ -26,13 +26,20 @@ template <class T> struct GateUp {
   static __device__ __forceinline__ int row(int warp, int g, int half, int high) {
     return high * kBoxRows + neuron(warp, g) + half;
   }
-  template <int TILES>
-  __device__ __forceinline__ void finish(const float (&c)[2][TILES][4], const Item &item, int unit, int warp, int lane,
-                                         const int32_t *routes) const {
+  // SIDE 0: the neurons of the first box, with their ups; SIDE 1: those of the second, where there are no ups.
+  template <int SIDE, int TILES>
+  __device__ __forceinline__ void store(const float (&c)[2][TILES][4], const Item &item, int row, int first,
+                                        const int32_t *routes) const {
     const wd_moe_shape &s = args.shape;
-    const int row = unit * kBoxRows + neuron(warp, lane / 4), first = lane % 4 * 2; // of the lane's columns
     const int columns = for_down ? (item.count + kGroup - 1) / kGroup * kGroup : item.count;
     if (row >= (for_down ? chunks_of(s.intermediate) * kChunk : s.intermediate)) return;
+    const bool exists = row < s.intermediate;
+    float bias[2][2]; // [half], of gate and up
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      bias[half][0] = exists ? bias_at(args.gate_bias, item.expert, row + half) : -0.0f;
+      bias[half][1] = exists && args.gating.has_up ? bias_at(args.up_bias, item.expert, row + half) : -0.0f;
+    }
     const int64_t part = for_down ? group_bytes(s.intermediate) : (int64_t)s.intermediate * 2; // bytes
     uint8_t *out = (uint8_t *)args.intermediate;
     out += for_down ? item.group * 2 * part + place_in_group(row) + first * 16 : row * 2;
@@ -42,24 +49,33 @@ template <class T> struct GateUp {
       for (int j = 0; j < 2; j++) {
         const int column = 8 * tile + first + j;
         if (column >= columns) continue;
-        Pair<T> high, low; // zeros behind the last neuron: they fill a chunk
-        if (row < s.intermediate) {
+        Pair<T> high, low; // zeros behind the last neuron and the last route: they fill a chunk and a group
+        if (exists && column < item.count) {
+          const float weight = weight_at(args.topk_weights, args.topk_weights_dtype, routes[column]);
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            split_intermediate<T>(activate(c[half][tile][j], args.activation), c[half][tile][2 + j], &high.value[half],
-                                  &low.value[half]);
+            split_intermediate<T>(gated(finished(c[half][tile][2 * SIDE + j], weight, bias[half][0]),
+                                        finished(c[half][tile][2 + j], weight, bias[half][1]), args.gating),
+                                  &high.value[half], &low.value[half]);
         }
         uint8_t *p = out + (for_down ? tile * 2 * part + j * 16 : routes[column] * 2 * part);
         *(uint32_t *)p = high.bits;
         *(uint32_t *)(p + part) = low.bits;
       }
   }
+  template <int TILES>
+  __device__ __forceinline__ void finish(const float (&c)[2][TILES][4], const Item &item, int unit, int warp, int lane,
+                                         const int32_t *routes) const {
+    const int row = box(unit, 0) + neuron(warp, lane / 4), first = lane % 4 * 2; // of the lane's columns
+    store<0>(c, item, row, first, routes);
+    if (!args.gating.has_up) store<1>(c, item, row + kBoxRows, first, routes);
+  }
 };
 
 template <class T, class Sizes>
 __global__ void __launch_bounds__(kTiledThreads, 1)
     gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan,
-                         const __grid_constant__ CUtensorMap rows, const __grid_constant__ CUtensorMap columns,
+                         const __grid_constant__ RowMaps rows, const __grid_constant__ CUtensorMap columns,
                          bool for_down) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   tiled<T, Sizes>(GateUp<T>{args, for_down}, args.shape, plan, rows, columns);
@@ -70,15 +86,23 @@ template <class T, class Sizes>
 static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                                bool down_follows, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  const TiledPlan plan = {(2 * s.intermediate + kUnitRows - 1) / kUnitRows, lists, lists.taken, false};
-  CUtensorMap row_map, column_map;
-  WD_TRY(describe_rows(&row_map, args.gate_up_proj, s.hidden, 2 * (int64_t)s.experts * s.intermediate, s.hidden,
-                       GateUp<T>::kBoxRows));
+  const bool has_up = args.gating.has_up;
+  const int unit_neurons = has_up ? GateUp<T>::kBoxRows : kUnitRows;
+  const int64_t expert_rows = args.gate.expert_stride / args.gate.row_stride, last = (s.experts - 1) * expert_rows;
+  const TiledPlan plan = {(s.intermediate + unit_neurons - 1) / unit_neurons, (int)expert_rows, lists, lists.taken,
+                          false};
+  RowMaps row_maps;
+  CUtensorMap column_map;
+  for (int i = 0; i < 2; i++) {
+    const wd_matrix &m = i == 1 && has_up ? args.up : args.gate;
+    WD_TRY(describe_rows(&row_maps.box[i], (const T *)m.data + m.offset, s.hidden, last + s.intermediate, m.row_stride,
+                         GateUp<T>::kBoxRows));
+  }
   WD_TRY(describe_columns(&column_map, columns, s.hidden, wd_column_groups(&s), Sizes::kBox));
   dim3 grid;
   WD_TRY(tiled_grid(&grid, s, plan.units, Sizes::kColumns));
   return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(kTiledThreads),
-                                                       sizeof(TiledShared<Sizes>), stream, true, args, plan, row_map,
+                                                       sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
                                                        column_map, down_follows);
 }
 

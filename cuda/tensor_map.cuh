@@ -13,6 +13,11 @@ namespace wd {
 wd_status describe_rows(CUtensorMap *map, const void *matrix, int64_t length, int64_t rows, int64_t pitch,
                         int box_rows);
 
+// Of a unit's boxes, one after the other.
+struct RowMaps {
+  CUtensorMap box[2];
+};
+
 // Columns (columns.cuh): `parts` parts of groups, each with the matrices of `length` values; boxes of a step of
 // box_parts of them.
 wd_status describe_columns(CUtensorMap *map, const void *columns, int length, int64_t parts, int box_parts);

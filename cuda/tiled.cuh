@@ -145,13 +145,13 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
 
 // The whole block. Op says what a row, a column and a result are:
 //   kParts, length()              columns of a route; values of a row and of a column
-//   kBoxRows, box(expert, unit, i)   rows of a box; the first row of a unit's box i, in the matrix of all experts
+//   kBoxRows, box(unit, i)        rows of a box; the first row of a unit's box i
 //   row(warp, g, half, high)      which of the unit's rows, box after box, a lane group has
 //   finish(c, item, unit, warp, lane, routes)   what becomes of the dot products. Tile i of c is group i / PARTS of the
 //                                 item, part i % PARTS; routes: those of the item
 template <class T, class Sizes, class Op>
-__device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
-                                      const CUtensorMap &rows, const CUtensorMap &columns) {
+__device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const TiledPlan &plan, const RowMaps &rows,
+                                      const CUtensorMap &columns) {
   extern __shared__ __align__(1024) uint8_t memory[];
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
   if (!plan.dependent) wait_for_previous_grid();

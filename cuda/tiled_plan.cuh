@@ -31,6 +31,7 @@ using ManyRoutes = TiledSizes<128, 4, 4>;
 // What the items of a call are cut from.
 struct TiledPlan {
   int units;        // of an expert
+  int expert_rows;  // from an expert's first row to the next one's, in the matrices that the boxes come from
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do

@@ -10,15 +10,16 @@ template <class Sizes, class Op> struct Bringer {
   const Op &op;
   const wd_moe_shape &s;
   const TiledPlan &plan;
-  const CUtensorMap &rows, &columns;
+  const RowMaps &rows;
+  const CUtensorMap &columns;
   TiledShared<Sizes> &shared;
 
   __device__ __forceinline__ void bring_rows(const Item &item, int step, int stage) const {
     for (int unit = 0; unit < item.units; unit++)
 #pragma unroll
       for (int box = 0; box < BOXES; box++)
-        copy_rows(shared.rows[stage][unit] + box * Op::kBoxRows * kStepBytes, rows, step * kStep,
-                  op.box(item.expert, item.unit + unit, box), &shared.full[stage]);
+        copy_rows(shared.rows[stage][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], step * kStep,
+                  item.expert * plan.expert_rows + op.box(item.unit + unit, box), &shared.full[stage]);
   }
   __device__ __forceinline__ void run() const {
     const int steps = steps_of(op.length());

@@ -19,7 +19,8 @@ typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED, WD_CUDA_TILED } wd_cuda_schedule
 /* Most routes of one call of wd_gate_up_cuda or wd_down_cuda. */
 #define WD_CUDA_MOST_ROUTES (1 << 17)
 
-/* 1 when the schedule serves this shape on this device: tiled needs compute capability 9.0 and a build for it. */
+/* 1 when the schedule serves this shape on this device: tiled needs compute capability 9.0 and a build for it, and
+ * weights as rows in one piece. */
 int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape);
 
 /* Makes `device` current and remembers the one that was; wd_cuda_leave restores it. Fails with WD_NO_CUDA where this

@@ -141,34 +141,6 @@ static wd_status check_bias(const wd_experts *x, part p, int64_t length, const c
   return check_memory(x, p, wd_dtype_size(*dtype));
 }
 
-/* What no CUDA kernel serves yet: a row for each property. */
-static wd_status check_cuda_serves(const wd_moe_experts *g) {
-  const struct {
-    int asked;
-    const char *argument, *was;
-  } properties[] = {
-      {g->activation > WD_ACTIVATION_GELU_TANH, "experts: activation", "none of silu and gelu_tanh"},
-      {g->is_transposed != 0, "experts: is_transposed", "set"},
-      {g->is_interleaved, "experts: is_interleaved", "set"},
-      {g->up_proj != NULL, "up_proj", "given"},
-      {g->no_gate, "experts: no_gate", "set"},
-      {g->gate_up_bias != NULL, "gate_up_bias", "given"},
-      {g->up_bias != NULL, "up_bias", "given"},
-      {g->down_bias != NULL, "down_bias", "given"},
-      {g->gate_up_pointers != NULL, "gate_up_pointers", "given"},
-      {g->up_pointers != NULL, "up_pointers", "given"},
-      {g->down_pointers != NULL, "down_pointers", "given"},
-      {g->weight_on_input, "experts: weight_on_input", "set"},
-      {g->limit != 0.0f, "experts: limit", "set"},
-      {g->alpha != 0.0f, "experts: alpha", "set"},
-      {g->up_offset != 0.0f, "experts: up_offset", "set"},
-  };
-  for (size_t i = 0; i < sizeof properties / sizeof *properties; i++)
-    WD_CHECK(!properties[i].asked, WD_UNSUPPORTED, "%s was %s, which no CUDA kernel serves; expected CPU memory",
-             properties[i].argument, properties[i].was);
-  return WD_OK;
-}
-
 static wd_matrix matrix_of(part p, int64_t rows, int64_t n, int transposed) {
   return (wd_matrix){.data = p.table == NULL ? wd_tensor_data(p.tensor) : NULL,
                      .pointers = p.table == NULL ? NULL : wd_tensor_data(p.table),
@@ -258,8 +230,9 @@ wd_status wd_check_experts(const wd_moe_experts *given, wd_experts *x) {
   WD_TRY(check_bias(x, parts[GATE_UP_BIAS], both ? 2 * I : I, both ? "2I" : "I", &bias_dtypes[GATE_UP_BIAS]));
   WD_TRY(check_bias(x, parts[UP_BIAS], I, "I", &bias_dtypes[UP_BIAS]));
   WD_TRY(check_bias(x, parts[DOWN_BIAS], H, "H", &bias_dtypes[DOWN_BIAS]));
-  if (x->device.device_type == kDLCUDA) WD_TRY(check_cuda_serves(g));
   lay_out(x, parts, bias_dtypes);
+  x->shape.transposed = g->is_transposed != 0;
+  x->shape.scattered = x->gate.pointers != NULL || x->up.pointers != NULL || x->down.pointers != NULL;
   x->gating = gating_of(g);
   return WD_OK;
 }

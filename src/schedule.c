@@ -7,8 +7,9 @@
 static const wd_kernel cuda_kernels[] = {
     {"cuda_direct", "a warp a route's rows, for few tokens; top_k up to 16", kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, 256 rows a block, for eight tokens an expert and more; compute capability 9.0, up to 512 experts", kDLCUDA,
-     NULL, WD_CUDA_TILED},
+     "wgmma, 256 rows a block, for eight tokens an expert and more; compute capability 9.0, up to 512 experts, rows in "
+     "one piece",
+     kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
      WD_CUDA_GROUPED},
 };
@@ -68,9 +69,13 @@ wd_status wd_choose_kernel(DLDevice device, const wd_moe_shape *shape, const cha
                kernel->device_type == kDLCPU ? "the CPU" : "CUDA", device.device_type == kDLCPU ? "the CPU" : "CUDA");
       WD_CHECK(kernel->device_type != kDLCPU || wd_kernel_usable(kernel), WD_UNSUPPORTED,
                "options: kernel was \"%s\", whose instructions this processor does not have", name);
-      WD_CHECK(serves(kernel, device, shape), WD_UNSUPPORTED,
-               "options: kernel was \"%s\" (%s), which does not serve top_k %d and %d experts on this device", name,
-               kernel->description, shape->top_k, shape->experts);
+      WD_CHECK(
+          serves(kernel, device, shape), WD_UNSUPPORTED,
+          "options: kernel was \"%s\" (%s), which does not serve top_k %d, %d experts and weights %s on this device",
+          name, kernel->description, shape->top_k, shape->experts,
+          shape->scattered    ? "at addresses of their own"
+          : shape->transposed ? "that are transposed"
+                              : "as rows");
       return WD_OK;
     }
     return wd_fail(WD_INVALID_ARGUMENT, "options: kernel was \"%s\", expected a name that wd_get_kernel_info lists",

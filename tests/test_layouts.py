@@ -222,26 +222,3 @@ def test_refusals():
     parts.gate_bias.requires_grad_()
     with pytest.raises(ValueError, match="gate_up_bias: requires a gradient"):
         describe(parts)(*draw_tokens(parts, 2, 2))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("layout", "properties", "sentence"),
-    [
-        ("transposed", {}, "experts: is_transposed was set"),
-        ("down transposed", {}, "experts: is_transposed was set"),
-        ("interleaved", {}, "experts: is_interleaved was set"),
-        ("separate", {}, "up_proj was given"),
-        ("pointers", {}, "gate_up_pointers was given"),
-        ("standard", {"activation": "gelu"}, "experts: activation was none of silu and gelu_tanh"),
-        ("standard", {"limit": 7.0}, "experts: limit was set"),
-        ("standard", {"alpha": 1.702}, "experts: alpha was set"),
-        ("standard", {"up_offset": 1.0}, "experts: up_offset was set"),
-        ("standard", {"weight_on_input": True}, "experts: weight_on_input was set"),
-    ],
-    ids=str,
-)
-def test_cuda_refuses_what_it_does_not_serve(cuda, layout, properties, sentence):
-    parts = draw_parts(3, 72, 88, torch.bfloat16).to(cuda)
-    with pytest.raises(ValueError, match=sentence + ", which no CUDA kernel serves; expected CPU memory"):
-        describe(parts, layout, **properties)

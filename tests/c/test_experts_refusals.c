@@ -118,46 +118,6 @@ static void refused_tables(call *c) {
   tensor_free(&down_bias);
 }
 
-/* CUDA's refusals need no device. Its tensors lie where reading them would end the program. */
-static void refused_on_cuda(void) {
-  const DLDevice cuda = {kDLCUDA, 0};
-  call c;
-  call_make(&c, small_sizes(BFLOAT16), 1701);
-  memory nowhere = memory_take(0, BEGINS_AT_GUARD);
-  DLTensor matrices[2] = {c.tensors[GATE_UP_PROJ].dl, c.tensors[DOWN_PROJ].dl};
-  for (int i = 0; i < 2; i++) {
-    matrices[i].device = cuda;
-    matrices[i].data = nowhere.data;
-  }
-  c.given[GATE_UP_PROJ] = &matrices[0];
-  c.given[DOWN_PROJ] = &matrices[1];
-  DLTensor bias = {.data = nowhere.data,
-                   .device = cuda,
-                   .ndim = 2,
-                   .dtype = kind_dtype(FLOAT32),
-                   .shape = (int64_t[]){c.sizes.experts, c.sizes.hidden}};
-  const wd_moe_experts sound = c.experts;
-  static const char rest[] = "which no CUDA kernel serves; expected CPU memory";
-  c.experts.limit = 7.0f;
-  call_refused(&c, FORWARD, WD_UNSUPPORTED, "experts: limit was set, %s", rest);
-  c.experts = sound;
-  c.experts.down_bias = &bias;
-  call_refused(&c, FORWARD, WD_UNSUPPORTED, "down_bias was given, %s", rest);
-  c.experts = sound;
-  c.experts.activation = WD_ACTIVATION_GELU;
-  call_refused(&c, FORWARD, WD_UNSUPPORTED, "experts: activation was none of silu and gelu_tanh, %s", rest);
-  c.experts = sound;
-  c.experts.is_interleaved = 1;
-  call_refused(&c, FORWARD, WD_UNSUPPORTED, "experts: is_interleaved was set, %s", rest);
-  size_t bytes = 0;
-  c.experts.gate_up_proj = &matrices[0];
-  c.experts.down_proj = &matrices[1];
-  check_error(wd_moe_workspace_size(&c.experts, 1, 1, &bytes), WD_UNSUPPORTED, "experts: is_interleaved was set, %s",
-              rest);
-  memory_free(&nowhere);
-  call_free(&c);
-}
-
 void test_experts_refusals(void) {
   smaller_structs();
   call c;
@@ -166,5 +126,4 @@ void test_experts_refusals(void) {
   refused_tables(&c);
   call_succeeds(&c, FORWARD);
   call_free(&c);
-  refused_on_cuda();
 }
