@@ -1,5 +1,6 @@
 """Recognising a layer's gate by what it computes."""
 
+import math
 import re
 
 import pytest
@@ -7,13 +8,16 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
-from warpdecode.hf.gate import probe_gate
+from warpdecode.hf.gate import EXPERTS_ARGUMENTS, probe_gate
+from warpdecode.ops import ACTIVATIONS
 
 
-def _gate(function, act_fn=None):
+def _gate(function, act_fn=None, **attributes):
     holder = torch.nn.Module()
     holder.act_fn = act_fn
     holder._apply_gate = lambda gate_up: function(holder, gate_up)
+    for name, value in attributes.items():
+        setattr(holder, name, value)
     return probe_gate(holder, torch.device("cpu"))
 
 
@@ -25,27 +29,36 @@ RECOGNISED = {
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
 }
 
 
+@pytest.mark.parametrize("has_gate", [True, False], ids=["gated", "without a gate"])
 @pytest.mark.parametrize("name", sorted(ACT2FN))
-def test_every_activation_of_transformers(name):
+def test_every_activation_of_transformers(name, has_gate):
     try:
         activation = ACT2FN[name]
     except Exception as error:  # some need a GPU or a package
         pytest.skip(f"{name}: {error}")
-    gate = _gate(_default_apply_gate, activation)
-    assert gate.activation == RECOGNISED.get(name)
-    assert (gate.activation is None) == (gate.reason is not None)
+    gate = _gate(_default_apply_gate, activation, has_gate=has_gate)
+    assert gate.arguments == ({"activation": RECOGNISED[name]} if name in RECOGNISED else None)
+    assert (gate.reason is None) == (RECOGNISED.get(name) in ACTIVATIONS)
 
 
 def test_functions_and_torch_s_own_modules():
     functional = torch.nn.functional
-    assert _gate(_default_apply_gate, functional.silu).activation == "silu"
-    assert _gate(_default_apply_gate, torch.nn.SiLU()).activation == "silu"
-    assert _gate(_default_apply_gate, torch.nn.GELU(approximate="tanh")).activation == "gelu_tanh"
-    assert _gate(_default_apply_gate, torch.nn.GELU()).activation is None
-    assert _gate(_default_apply_gate, functional.gelu).activation is None
+    for act_fn, name in [
+        (functional.silu, "silu"),
+        (torch.nn.SiLU(), "silu"),
+        (torch.nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (torch.nn.GELU(), "gelu"),
+        (functional.gelu, "gelu"),
+        (torch.nn.ReLU(), "relu"),
+    ]:
+        assert _gate(_default_apply_gate, act_fn).arguments == {"activation": name}
 
 
 def _clamped(limit):
@@ -73,11 +86,6 @@ def _interleaved(self, gate_up):
     return torch.nn.functional.silu(gate_up[..., ::2]) * gate_up[..., 1::2]
 
 
-def _up_plus_one(self, gate_up):
-    gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * (up + 1)
-
-
 def _clamped_up(self, gate_up):
     gate, up = gate_up.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up.clamp(-10, 10)
@@ -91,36 +99,67 @@ def _raising(self, gate_up):
     raise NotImplementedError("no such gate")
 
 
+def _swiglu(alpha, limit):
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+    return gate
+
+
+@pytest.mark.parametrize("limit", [1.5, 7.0, 10.0, 1e4])
+def test_a_limit_is_read_off_the_gate(limit):
+    assert _gate(_clamped(limit)).arguments == {"activation": "silu", "limit": limit}
+
+
+@pytest.mark.parametrize("limit", [1.5, 7.0, 12.5])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.702])
+def test_alpha_and_limit_are_read_off_the_gate(alpha, limit):
+    assert _gate(_swiglu(alpha, limit)).arguments == {"activation": "silu", "alpha": alpha, "limit": limit}
+    assert _gate(_swiglu(alpha, math.inf)).arguments == {"activation": "silu", "alpha": alpha}
+
+
+def test_a_gate_that_is_known_but_not_served_is_named():
+    gate = _gate(_clamped(7.0))
+    if "limit" in EXPERTS_ARGUMENTS:
+        assert gate.reason is None
+    else:
+        assert gate.reason.startswith("its gate computes silu(min(gate, limit)) * clamp(up, -limit, limit), limit 7, ")
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (_clamped(7.0), "neither"),
-        (_clamped(10.0), "neither"),
-        (_clamped(1e4), "neither"),
-        (_clamped_gate(7.0), "neither"),
-        (_clamped_gate(1e4), "neither"),
-        (_swapped, "neither"),
-        (_interleaved, "neither"),
-        (_up_plus_one, "neither"),
-        (_clamped_up, "neither"),
-        (_not_a_number, "neither"),
+        (_clamped_gate(7.0), "none of"),
+        (_clamped_gate(1e4), "none of"),
+        (_swapped, "none of"),
+        (_interleaved, "none of"),
+        (_clamped_up, "none of"),
+        (_not_a_number, "none of"),
         (_raising, r"could not be probed \(NotImplementedError: no such gate\)"),
         (lambda self, gate_up: gate_up, "to "),
     ],
 )
 def test_gates_that_compute_something_else(function, reason):
     gate = _gate(function)
-    assert gate.activation is None
+    assert gate.arguments is None
     assert re.search(reason, gate.reason)
 
 
+def test_interleaved_columns_are_given_interleaved():
+    silu = torch.nn.functional.silu
+    assert _gate(_interleaved, is_concatenated=False).arguments == {"activation": "silu"}
+    assert _gate(_default_apply_gate, silu, is_concatenated=False).arguments is None
+
+
 def test_a_clamp_without_a_limit_is_recognised():
-    assert _gate(_clamped(float("inf"))).activation == "silu"
+    assert _gate(_clamped(float("inf"))).arguments == {"activation": "silu"}
 
 
 def test_the_gate_is_looked_at_as_computed_whatever_the_mode():
     act = torch.nn.SiLU()
     with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert _gate(_default_apply_gate, act).activation == "silu"
+        assert _gate(_default_apply_gate, act).arguments == {"activation": "silu"}
     with torch.inference_mode():
-        assert _gate(_default_apply_gate, act).activation == "silu"
+        assert _gate(_default_apply_gate, act).arguments == {"activation": "silu"}

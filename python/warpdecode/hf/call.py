@@ -28,16 +28,15 @@ def watched() -> str | None:
 def call_against(layer, parameters, inputs) -> str | None:
     """The reason why the kernels cannot serve this call of a `Layer` that they can serve; None when they can.
     `parameters` are its weights as they are now, `inputs` the hidden states, the ids and the routing weights."""
-    gate_up, down = parameters
     hidden_states, ids, weights = inputs
     if not (type(hidden_states) in PLAIN and type(ids) in PLAIN and type(weights) in PLAIN):
         kinds = sorted({type(t).__name__ for t in (hidden_states, ids, weights) if type(t) not in PLAIN})
         return f"the call brings tensors of class {', '.join(kinds)}, not plain torch.Tensor"
     if torch.is_grad_enabled() and (
-        gate_up.requires_grad or down.requires_grad or hidden_states.requires_grad or weights.requires_grad
+        hidden_states.requires_grad or weights.requires_grad or _any_requires_grad(parameters)
     ):
-        named = {"gate_up_proj": gate_up, "down_proj": down, "hidden_states": hidden_states, "top_k_weights": weights}
-        first = next(name for name, tensor in named.items() if tensor.requires_grad)
+        named = zip((*layer.names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights), strict=True)
+        first = next(name for name, tensor in named if tensor.requires_grad)
         return (
             f"gradients are needed (grad mode is on and {first} requires grad) and the kernels have no backward; use "
             "torch.no_grad() or model.requires_grad_(False) where none are"
@@ -55,6 +54,13 @@ def call_against(layer, parameters, inputs) -> str | None:
     if hidden_states.dim() != 2 or ids.dim() != 2:
         return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
     return _autocast_against(layer) if torch.is_autocast_enabled(layer.device_type) else None
+
+
+def _any_requires_grad(parameters) -> bool:
+    for parameter in parameters:
+        if parameter.requires_grad:
+            return True
+    return False
 
 
 def _autocast_against(layer) -> str | None:

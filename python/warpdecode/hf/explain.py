@@ -8,7 +8,7 @@ import torch
 
 from .config import NAME, PatchedConfig, asked_for
 from .forward import own_path_name
-from .layer import Layer, built_against, is_dispatched, weights_of
+from .layer import Layer, built_against, is_dispatched, weight_names, weights_of
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def moe_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]
 
 
 def _row(name: str, module: torch.nn.Module) -> LayerRow:
-    gate_up, down, _ = weights_of(module)
-    some = next((w for w in (gate_up, down, next(module.parameters(), None)) if w is not None), None)
-    path, reason = _verdict(module, gate_up, down)
+    weights, _ = weights_of(module, weight_names(module))
+    some = next((w for w in (*weights, next(module.parameters(), None)) if w is not None), None)
+    path, reason = _verdict(module, weights)
     return LayerRow(
         name=name or "(the module itself)",
         module_class=type(module).__name__,
-        **_sizes(module, gate_up, down),
+        **_sizes(module, weights[1]),
         dtype="?" if some is None else str(some.dtype).removeprefix("torch."),
         device="?" if some is None else str(some.device),
         path=path,
@@ -96,21 +96,21 @@ def _row(name: str, module: torch.nn.Module) -> LayerRow:
     )
 
 
-def _verdict(module, gate_up, down) -> tuple[str, str]:
+def _verdict(module, weights) -> tuple[str, str]:
     own = own_path_name(module)
-    against = built_against(module) or Layer(module, gate_up, down).reason
+    against = built_against(module) or Layer(module, weights).reason
     if against is not None:
         return own, against
     if not asked_for(module):
         return own, "it is not patched; the kernels can serve it"
     how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
-    if gate_up.requires_grad or down.requires_grad:
+    if any(weight.requires_grad for weight in weights):
         how += f"; calls with grad mode on take {own}, because the weights require grad"
     return NAME, how
 
 
-def _sizes(module, gate_up, down) -> dict[str, int | None]:
-    if not is_dispatched(module) or any(w is None or w.dim() != 3 for w in (gate_up, down)):
+def _sizes(module, down) -> dict[str, int | None]:
+    if not is_dispatched(module) or down is None or down.dim() != 3:
         return {"E": None, "H": None, "I": None}
     e, h, i = down.shape
     return {"E": e, "H": i, "I": h} if module.is_transposed else {"E": e, "H": h, "I": i}

@@ -6,7 +6,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .call import call_against, watched
 from .config import NAME, PatchedConfig, Policy, own_implementation, policies, policy_of
-from .layer import SLOT, Layer, built_against, is_dispatched, weights_of
+from .layer import built_against, is_dispatched, layer_of
 
 COMPILING = "torch.compile (or torch.export) is tracing the model, and the kernels cannot be traced"
 
@@ -43,12 +43,8 @@ def experts_forward(
     reason = watched()
     if reason is not None:
         return _hand_over(self, reason, inputs)
-    gate_up, down, kept = weights_of(self)
-    layer = self.__dict__.get(SLOT)
-    if layer is None or not layer.still_describes(self, gate_up, down):
-        layer = Layer(self, gate_up, down, previous=layer)
-        self.__dict__[SLOT] = layer if kept else layer.without_weights()
-    reason = layer.reason or call_against(layer, (gate_up, down), inputs)
+    layer, weights = layer_of(self)
+    reason = layer.reason or call_against(layer, weights, inputs)
     if reason is not None:
         return _hand_over(self, reason, inputs)
     try:

@@ -1,70 +1,182 @@
-"""Which activation a layer's gate computes, found by computing it.
+"""Which gate a layer has, found by computing it.
 
 transformers names activations in a dozen ways (a config string, a module, a plain function) and a class may override
-`_apply_gate` to clamp, shift or interleave. Only the numbers say whether the kernels would compute the same, so the
-gate is run once per layer on a small grid and compared with the two activations the kernels have.
+`_apply_gate` to clamp, shift or interleave. Only the numbers say what a gate computes, so it is run once per layer on a
+small grid and compared with a table of known gates, whose parameters (a limit, an alpha) are read off the grid, too. A
+new gate is a row of the table; it is served as soon as `warpdecode.Experts` takes its arguments.
 """
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from .. import Experts
+from ..ops import ACTIVATIONS
 
 # Gate values: dense where the activations bend and where erf- and tanh-gelu differ most (4.7e-4 near 2.2), then sparse
 # and large, because a clamp (limits of 7 and 10 are in use) shows only beyond its limit.
 _NEAR = [i / 8 for i in range(-80, 81)]
 _FAR = [s * m for m in (20.0, 50.0, 100.0, 1e3, 1e4, 1e5) for s in (-1.0, 1.0)]
 _GATES = _NEAR + _FAR
-_UPS = [-1e5, -1e3, -100.0, -12.0, -1.0, -0.25, 0.5, 3.0, 12.0, 100.0, 1e3, 1e5]
+_UPS = [-1e5, -1e3, -100.0, -12.0, -1.0, -0.25, 0.0, 0.5, 1.0, 3.0, 12.0, 100.0, 1e3, 1e5]
 
-# FP32 leaves at most about 2^-22 |g u|: the worst is 1 + tanh(x) for negative x, which cancels down to the rounding of
-# tanh near -1. 2^-18 leaves room for fast exponentials and is still a hundred times below erf- against tanh-gelu.
+# FP32 leaves at most about 2^-22 of gate times up: the worst is 1 + tanh(x) for negative x, which cancels down to the
+# rounding of tanh near -1. 2^-18 leaves room for fast exponentials and for a limit read off with six digits, and is
+# still a hundred times below erf- against tanh-gelu.
 _TOLERANCE = 2.0**-18
+
+# What this version of the library takes: a gate or a layout that it does not know is handed back with its name.
+EXPERTS_ARGUMENTS = frozenset(inspect.signature(Experts).parameters)
 
 
 class Gate(NamedTuple):
-    """What a gate computes: `activation` for `warpdecode.Experts`, or None and the reason."""
+    """What a gate computes, as the arguments of `warpdecode.Experts` that mean it (None: unknown), and the reason why the
+    kernels cannot serve it, None when they can."""
 
-    activation: str | None
+    arguments: dict[str, str | float] | None
     reason: str | None
 
 
-def _silu(g: torch.Tensor) -> torch.Tensor:
-    return g * torch.sigmoid(g)
+class _Grid:
+    """What a gate gave at each (gate, up) of the grid, in float64."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def at(self, gate: float, up: float) -> float:
+        return self.values[_UPS.index(up), _GATES.index(gate)].item()
+
+
+class _Known(NamedTuple):
+    """A gate of the table. `parameters` reads its parameters off a grid, None when the grid cannot be this gate's;
+    `compute` gives its values, and the product whose roundings bound their error."""
+
+    arguments: dict[str, str]
+    formula: str
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    parameters: Callable[[_Grid], dict[str, float] | None] = lambda grid: {}
 
 
 def _gelu_tanh(g: torch.Tensor) -> torch.Tensor:
     return 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
 
 
-_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
+def _gelu(g: torch.Tensor) -> torch.Tensor:
+    return 0.5 * g * (1 + torch.erf(g / math.sqrt(2)))
+
+
+def _silu(g: torch.Tensor) -> torch.Tensor:
+    return g * torch.sigmoid(g)
+
+
+def _plain(activation: Callable) -> Callable:
+    return lambda g, u: (activation(g) * u, g * u)
+
+
+def _clamped_silu(g, u, limit):
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return _silu(g) * u, g * u
+
+
+def _clamped_swiglu(g, u, alpha, limit=math.inf):
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return (u + 1) * g * torch.sigmoid(alpha * g), g * (u.abs() + 1)
+
+
+def _limit_of_up(grid: _Grid) -> dict[str, float] | None:
+    # With an up of 1 nothing is clamped (by limits above 1), so the largest up shows the limit itself.
+    one, most = grid.at(1.0, 1.0), grid.at(1.0, 1e5)
+    return {"limit": _rounded(most / one)} if 0 < one < most else None
+
+
+def _alpha_and_limit(grid: _Grid) -> dict[str, float] | None:
+    # An up of 0 leaves gate * sigmoid(alpha * gate).
+    middle, most = grid.at(1.0, 0.0), grid.at(1.0, 1e5)
+    if not 0 < middle < 1 or not middle < most:
+        return None
+    found = {"alpha": _rounded(math.log(middle / (1 - middle)))}
+    limit = _rounded(most / middle - 1)
+    return found if limit >= 1e5 else found | {"limit": limit}
+
+
+def _rounded(value: float) -> float:
+    # Configs write few digits and FP32 keeps seven: six are the number that was written.
+    return float(f"{value:.6g}")
+
+
+GATES = (
+    _Known({"activation": "silu"}, "silu(gate) * up", _plain(_silu)),
+    _Known({"activation": "gelu_tanh"}, "gelu_tanh(gate) * up", _plain(_gelu_tanh)),
+    _Known({"activation": "gelu"}, "gelu(gate) * up, by erf", _plain(_gelu)),
+    _Known({"activation": "relu"}, "relu(gate) * up", _plain(torch.relu)),
+    _Known(
+        {"activation": "relu2"},
+        "relu(gate)^2 * up",
+        lambda g, u: (torch.relu(g) ** 2 * u, g * g * u),
+    ),
+    _Known(
+        {"activation": "silu"},
+        "silu(min(gate, limit)) * clamp(up, -limit, limit)",
+        _clamped_silu,
+        _limit_of_up,
+    ),
+    _Known(
+        {"activation": "silu"},
+        "(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(gate, limit)",
+        _clamped_swiglu,
+        _alpha_and_limit,
+    ),
+)
 
 
 def probe_gate(module: torch.nn.Module, device: torch.device) -> Gate:
-    """Runs `module._apply_gate` on a grid and names the activation. `device` is the weights' device, used only when the
+    """Runs the module's gate on a grid and looks it up in the table. `device` is the weights' device, used only when the
     gate does not run on the CPU (an activation that is a CUDA kernel, or has parameters)."""
     gates = torch.tensor(_GATES, dtype=torch.float32, device="cpu")
     ups = torch.tensor(_UPS, dtype=torch.float32, device="cpu")
     g, u = gates.expand(len(_UPS), -1), ups[:, None].expand(-1, len(_GATES))
-    gate_up = torch.cat([g, u], dim=-1)
     try:
-        got = _run(module, gate_up)
+        got = _run(module, g, u)
     except Exception as cpu_error:  # whatever a foreign gate raises: it cannot be recognised
         try:
-            got = _run(module, gate_up.to(device)).cpu()
+            got = _run(module, g.to(device), u.to(device)).cpu()
         except Exception:
             return Gate(None, f"its gate could not be probed ({type(cpu_error).__name__}: {cpu_error})")
     if got.shape != g.shape:
-        return Gate(None, f"its gate maps {tuple(gate_up.shape)} to {tuple(got.shape)}, not to {tuple(g.shape)}")
-    g64, u64, got64 = g.double(), u.double(), got.double()
-    for name, activation in _ACTIVATIONS.items():
-        error = (got64 - activation(g64) * u64).abs()
+        return Gate(None, f"its gate maps {len(_GATES)} gates and ups to {tuple(got.shape)}, not to {tuple(g.shape)}")
+    return _look_up(g.double(), u.double(), got.double())
+
+
+def _run(module: torch.nn.Module, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast(device_type=g.device.type, enabled=False):
+        if not getattr(module, "has_gate", True):
+            return module.act_fn(g).detach() * u  # no up: the activation alone, looked up as if there were one
+        if getattr(module, "is_concatenated", True):
+            return module._apply_gate(torch.cat([g, u], dim=-1)).detach()
+        return module._apply_gate(torch.stack([g, u], dim=-1).flatten(-2)).detach()
+
+
+def _look_up(g: torch.Tensor, u: torch.Tensor, got: torch.Tensor) -> Gate:
+    grid = _Grid(got)
+    for known in GATES:
+        parameters = known.parameters(grid)
+        if parameters is None:
+            continue
+        expected, product = known.compute(g, u, **parameters)
         # NaN compares false, so a gate that yields one is never recognised.
-        if bool((error <= _TOLERANCE * (g64.abs() * u64.abs()).clamp(min=1e-3)).all()):
-            return Gate(name, None)
-    return Gate(None, "its gate computes neither silu(gate) * up nor gelu_tanh(gate) * up")
+        if bool(((got - expected).abs() <= _TOLERANCE * product.abs().clamp(min=1e-3)).all()):
+            return _accepted(known, parameters)
+    return Gate(None, "its gate computes none of the known ones: " + "; ".join(dict.fromkeys(k.formula for k in GATES)))
 
 
-def _run(module: torch.nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), torch.autocast(device_type=gate_up.device.type, enabled=False):
-        return module._apply_gate(gate_up).detach()
+def _accepted(known: _Known, parameters: dict[str, float]) -> Gate:
+    """The gate, with the reason when this version's `warpdecode.Experts` does not take its arguments."""
+    arguments = known.arguments | parameters
+    if known.arguments["activation"] in ACTIVATIONS and arguments.keys() <= EXPERTS_ARGUMENTS:
+        return Gate(arguments, None)
+    values = "".join(f", {name} {value:g}" for name, value in parameters.items())
+    return Gate(arguments, f"its gate computes {known.formula}{values}, and there is no kernel for it")
+

@@ -8,18 +8,29 @@ import torch
 
 from .. import Experts, cuda_usable
 from .call import PLAIN
-from .gate import Gate, probe_gate
+from .gate import EXPERTS_ARGUMENTS, Gate, probe_gate
 
 SLOT = "_warpdecode_layer"  # in module.__dict__: neither parameter, buffer, nor in the state dict
 
-# The attributes in which transformers' decorator says how a class stores its weights, the value the kernels need, and
-# what the other value means. Older releases lack the last.
+# The attributes in which transformers' decorator says how a class stores its weights: the standard value, the argument
+# of `warpdecode.Experts` that says the other one, and what that means. Older releases lack the last.
 _LAYOUT = (
-    ("has_gate", True, "it has no gate projection (has_gate=False)"),
-    ("is_transposed", False, "its weights are stored transposed, (E, H, 2I) and (E, I, H) (is_transposed=True)"),
-    ("is_concatenated", True, "its gate and up rows are interleaved (is_concatenated=False)"),
-    ("has_bias", False, "its projections have biases (has_bias=True)"),
-    ("has_post_expert_norm", False, "it normalises each expert's output (has_post_expert_norm=True)"),
+    ("has_gate", True, {"has_gate": False}, "it has no gate projection (has_gate=False)"),
+    (
+        "is_transposed",
+        False,
+        {"is_transposed": True},
+        "its weights are stored transposed, (E, H, 2I) and (E, I, H) (is_transposed=True)",
+    ),
+    (
+        "is_concatenated",
+        True,
+        {"is_interleaved": True},
+        "its gate and up rows are interleaved (is_concatenated=False)",
+    ),
+    # The values of these two are weights, and come with them.
+    ("has_bias", False, {"gate_up_bias": None, "down_bias": None}, "its projections have biases (has_bias=True)"),
+    ("has_post_expert_norm", False, None, "it normalises each expert's output (has_post_expert_norm=True)"),
 )
 
 
@@ -35,10 +46,22 @@ def built_against(module: torch.nn.Module) -> str | None:
         return "its class does not use transformers' experts interface (@use_experts_implementation)"
     if is_fp8(module):
         return "its weights are block-scaled FP8 (or FP4), and there is no kernel for them"
-    for attribute, needed, meaning in _LAYOUT:
-        if getattr(module, attribute, needed) != needed:
+    for attribute, standard, arguments, meaning in _LAYOUT:
+        known = arguments is not None and arguments.keys() <= EXPERTS_ARGUMENTS
+        if not known and getattr(module, attribute, standard) != standard:
             return meaning
     return None
+
+
+def _layout_arguments(module: torch.nn.Module, weights) -> dict:
+    """What `warpdecode.Experts` is told about a layout that is not the standard one."""
+    found = {}
+    for attribute, standard, arguments, _ in _LAYOUT:
+        if getattr(module, attribute, standard) != standard:
+            found |= arguments
+    if "gate_up_bias" in found:
+        found |= {"gate_up_bias": weights[2], "down_bias": weights[3]}
+    return found
 
 
 def is_fp8(module: torch.nn.Module) -> bool:
@@ -48,30 +71,40 @@ def is_fp8(module: torch.nn.Module) -> bool:
     return isinstance(module, FP8Experts)
 
 
-def weights_of(module: torch.nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
-    """(gate_up_proj, down_proj, kept): the weights as they are now. `kept` is false when they are ours for this call
-    only and must not be held: computed on access, as under a LoRA parametrization, or brought to the device by an
-    accelerate hook, whose offloading would free nothing if we held them."""
-    parameters = module._parameters
-    gate_up, down = parameters.get("gate_up_proj"), parameters.get("down_proj")
-    if gate_up is not None and down is not None:
-        return gate_up, down, "_hf_hook" not in module.__dict__
-    return getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None), False
+def weight_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """The names of the weights that the module's kind has: the two projections, then their biases."""
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    biases = (f"{first}_bias", "down_proj_bias") if getattr(module, "has_bias", False) else ()
+    return (first, "down_proj", *biases)
 
 
-def _weights_against(gate_up, down) -> str | None:
-    reason = _weight_against("gate_up_proj", gate_up) or _weight_against("down_proj", down)
-    if reason is not None:
-        return reason
-    if gate_up.dtype is not down.dtype or gate_up.device != down.device:
-        return (
-            f"gate_up_proj is {gate_up.dtype} on {gate_up.device} and down_proj {down.dtype} on {down.device}; they "
-            "must be the same"
-        )
-    if gate_up.device.type == "cuda":
+def weights_of(module: torch.nn.Module, names: tuple[str, ...]) -> tuple[tuple, bool]:
+    """(the weights of these names as they are now, kept). `kept` is false when they are ours for this call only and
+    must not be held: computed on access, as under a LoRA parametrization, or brought to the device by an accelerate
+    hook, whose offloading would free nothing if we held them."""
+    weights = tuple(map(module._parameters.get, names))
+    for weight in weights:
+        if weight is None:
+            return tuple([getattr(module, name, None) for name in names]), False
+    return weights, "_hf_hook" not in module.__dict__
+
+
+def _weights_against(names, weights) -> str | None:
+    for name, weight in zip(names, weights, strict=True):
+        reason = _weight_against(name, weight)
+        if reason is not None:
+            return reason
+    first = weights[0]
+    for name, weight in zip(names, weights, strict=True):
+        if weight.dtype is not first.dtype or weight.device != first.device:
+            return (
+                f"{names[0]} is {first.dtype} on {first.device} and {name} {weight.dtype} on {weight.device}; they "
+                "must be the same"
+            )
+    if first.device.type == "cuda":
         usable, sentence = cuda_usable()
         if not usable:
-            return f"its weights are on {gate_up.device}, and {sentence.rstrip('.')}"
+            return f"its weights are on {first.device}, and {sentence.rstrip('.')}"
     return None
 
 
@@ -89,30 +122,32 @@ def _weight_against(name: str, weight) -> str | None:
 
 class Layer:
     """What is known about one module: `experts` to call, or the `reason` why there is none; `never` when other weights
-    would not change that."""
+    would not change that. `names` are those of its weights, which are given as they are now."""
 
-    __slots__ = ("act_module", "device", "device_type", "dtype", "experts", "gate", "never", "reason")
+    __slots__ = ("act_module", "device", "device_type", "dtype", "experts", "gate", "names", "never", "reason")
 
-    def __init__(self, module, gate_up, down, previous: "Layer | None" = None):
+    def __init__(self, module, weights, previous: "Layer | None" = None):
         self.experts = None
         self.gate: Gate | None = None
+        self.names = weight_names(module)
         self.act_module = module._modules.get("act_fn")
         self.reason = built_against(module)
         self.never = self.reason is not None
-        self.reason = self.reason or _weights_against(gate_up, down)
+        self.reason = self.reason or _weights_against(self.names, weights)
         if self.reason is not None:
             return
-        self.dtype, self.device, self.device_type = gate_up.dtype, gate_up.device, gate_up.device.type
+        first = weights[0]
+        self.dtype, self.device, self.device_type = first.dtype, first.device, first.device.type
         if previous is not None and previous.gate is not None and previous.act_module is self.act_module:
             self.gate = previous.gate  # new weights, same gate: RL replaces weights every step
         else:
-            self.gate = probe_gate(module, gate_up.device)
+            self.gate = probe_gate(module, first.device)
         self.reason = self.gate.reason
         if self.reason is not None:
             self.never = True
             return
         try:
-            self.experts = Experts(gate_up, down, activation=self.gate.activation)
+            self.experts = Experts(*weights[:2], **self.gate.arguments, **_layout_arguments(module, weights))
         except ValueError as error:  # shapes, dtypes, alignment: the library knows its limits best and says them
             self.reason = str(error).rstrip(".")
 
@@ -124,17 +159,31 @@ class Layer:
     def without_weights(self) -> "Layer":
         """What may be kept when the weights were computed for one call: the gate, and nothing that holds them."""
         kept = object.__new__(Layer)
-        kept.act_module, kept.gate, kept.never = self.act_module, self.gate, self.never
+        kept.act_module, kept.gate, kept.never, kept.names = self.act_module, self.gate, self.never, self.names
         kept.experts = kept.reason = None
         return kept
 
-    def still_describes(self, module, gate_up, down) -> bool:
+    def still_describes(self, module, weights) -> bool:
         """Whether the weights and the activation are those that were described. A layer that could not be served is
         looked at again every time: its own path is slower than looking."""
-        return (
-            self.experts is not None
-            and type(gate_up) in PLAIN
-            and type(down) in PLAIN
-            and module._modules.get("act_fn") is self.act_module
-            and self.experts.matches(gate_up, down)
-        )
+        if self.experts is None or module._modules.get("act_fn") is not self.act_module:
+            return False
+        for weight in weights:
+            if type(weight) not in PLAIN:
+                return False
+        return self.experts.matches(*weights)
+
+
+def layer_of(module: torch.nn.Module) -> tuple[Layer, tuple]:
+    """(the module's layer, its weights as they are now), from what is kept on the module where that still holds."""
+    layer = module.__dict__.get(SLOT)
+    weights, kept = weights_of(module, weight_names(module) if layer is None else layer.names)
+    if layer is None or not layer.still_describes(module, weights):
+        layer = Layer(module, weights, previous=layer)
+        module.__dict__[SLOT] = layer if kept else layer.without_weights()
+    return layer, weights
+
+
+def look_at(module: torch.nn.Module) -> Layer:
+    """The module's layer as it is now; nothing is kept."""
+    return Layer(module, weights_of(module, weight_names(module))[0])

@@ -8,7 +8,7 @@ import torch
 from .config import PatchedConfig, Policy, WarpDecodeFallbackError, warn
 from .explain import moe_modules
 from .forward import own_path_name, register
-from .layer import SLOT, Layer, weights_of
+from .layer import SLOT, look_at
 
 
 def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
@@ -32,7 +32,7 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
         _nothing(f"{type(model).__name__} has no Mixture-of-Experts layers that could be patched", strict)
         return model
     policy = Policy(strict)
-    layers = [(module, Layer(module, *weights_of(module)[:2])) for module in found]
+    layers = [(module, look_at(module)) for module in found]
     if all(layer.reason is not None for _, layer in layers):
         reasons = {(type(module).__name__, layer.reason) for module, layer in layers}
         _nothing(
