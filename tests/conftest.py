@@ -19,7 +19,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says how many GPU tests did not run: never in silence."""
+    """Says how many GPU tests did not run, and which of transformers' families are not served: never in silence."""
+    verdicts = []
+    for report in terminalreporter.getreports("passed"):
+        verdicts += [value for name, value in report.user_properties if name == "verdict" and report.when == "call"]
+    if verdicts:
+        served = sum(reason is None for _, reason in verdicts)
+        terminalreporter.write_line(
+            f"transformers' expert classes: {served} of {len(verdicts)} checks served, rest handed back:"
+        )
+        for reason in dict.fromkeys(reason for _, reason in verdicts if reason is not None):
+            families = dict.fromkeys(family for family, why in verdicts if why == reason)
+            terminalreporter.write_line(f"  {', '.join(families)}: {reason}")
     skipped = [report for report in terminalreporter.getreports("skipped") if "gpu: " in str(report.longrepr)]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {CUDA_REASON or 'see their reasons'}")

@@ -35,7 +35,9 @@ def call_against(layer, parameters, inputs) -> str | None:
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad or weights.requires_grad or _any_requires_grad(parameters)
     ):
-        named = zip((*layer.names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights), strict=True)
+        named = zip(
+            (*layer.names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights), strict=True
+        )
         first = next(name for name, tensor in named if tensor.requires_grad)
         return (
             f"gradients are needed (grad mode is on and {first} requires grad) and the kernels have no backward; use "

@@ -179,4 +179,3 @@ def _accepted(known: _Known, parameters: dict[str, float]) -> Gate:
         return Gate(arguments, None)
     values = "".join(f", {name} {value:g}" for name, value in parameters.items())
     return Gate(arguments, f"its gate computes {known.formula}{values}, and there is no kernel for it")
-
