@@ -87,8 +87,8 @@ def _shapes(family: Family, config: PreTrainedConfig) -> dict[str, int]:
 
 def _starts(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
     """The class's default config; then one with a number wherever the default is None: families whose experts are
-    optional (Gemma 4) have no number of them until one is chosen; then one with the first of every list of numbers, which
-    is one for each kind of layer (ERNIE VL)."""
+    optional (Gemma 4) have no number of them until one is chosen; then one with the first of every list of numbers,
+    which has one for each kind of layer (ERNIE VL)."""
     try:
         config = config_class()
     except Exception:  # a config made of others, which are tried themselves
@@ -119,7 +119,9 @@ def _shrink(family: Family, config: PreTrainedConfig) -> PreTrainedConfig:
             after = _shapes(family, changed)
         except Exception:
             continue  # a field that cannot be doubled; should it decide a size, the check below finds it
-        deciding |= {field: size for size in SIZES if after[size] != before[size]}
+        for size in SIZES:
+            if after[size] != before[size]:
+                deciding[field] = size
     small = copy.deepcopy(config)
     for field, size in deciding.items():
         vars(small)[field] = SIZES[size]
@@ -129,7 +131,7 @@ def _shrink(family: Family, config: PreTrainedConfig) -> PreTrainedConfig:
 
 @functools.cache
 def small_config(family: Family) -> PreTrainedConfig:
-    """A config of the family's own class, otherwise at its defaults, from which its experts class can be built small."""
+    """A config of the family's own class, at its defaults but for the sizes, which are `SIZES`."""
     errors = {}
     for config_class in _config_classes(family):
         for config in _starts(config_class):

@@ -33,8 +33,8 @@ EXPERTS_ARGUMENTS = frozenset(inspect.signature(Experts).parameters)
 
 
 class Gate(NamedTuple):
-    """What a gate computes, as the arguments of `warpdecode.Experts` that mean it (None: unknown), and the reason why the
-    kernels cannot serve it, None when they can."""
+    """What a gate computes, as the arguments of `warpdecode.Experts` that mean it (None: unknown), and the reason why
+    the kernels cannot serve it, None when they can."""
 
     arguments: dict[str, str | float] | None
     reason: str | None
@@ -133,8 +133,8 @@ GATES = (
 
 
 def probe_gate(module: torch.nn.Module, device: torch.device) -> Gate:
-    """Runs the module's gate on a grid and looks it up in the table. `device` is the weights' device, used only when the
-    gate does not run on the CPU (an activation that is a CUDA kernel, or has parameters)."""
+    """Runs the module's gate on a grid and looks it up in the table. `device` is the weights' device, used only when
+    the gate does not run on the CPU (an activation that is a CUDA kernel, or has parameters)."""
     gates = torch.tensor(_GATES, dtype=torch.float32, device="cpu")
     ups = torch.tensor(_UPS, dtype=torch.float32, device="cpu")
     g, u = gates.expand(len(_UPS), -1), ups[:, None].expand(-1, len(_GATES))
