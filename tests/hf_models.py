@@ -177,6 +177,21 @@ def experts_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in model.modules() if type(m).__name__.endswith("Experts") and hasattr(m, "down_proj")]
 
 
+def fp8(implementation: str) -> torch.nn.Module:
+    """The Qwen3-MoE model with transformers' block-scaled FP8 experts (their weights are left as they come)."""
+    from types import SimpleNamespace
+
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    model = build("qwen3_moe", implementation=implementation)
+    quantization = SimpleNamespace(
+        dequantize=False, weight_block_size=(32, 32), activation_scheme="dynamic", scale_fmt="float", expert_dtype="fp8"
+    )
+    replace_with_fp8_linear(model, quantization_config=quantization)
+    assert type(experts_modules(model)[0]).__name__ == "FP8Experts"
+    return model
+
+
 EXPERTS, HIDDEN = 8, 64
 
 

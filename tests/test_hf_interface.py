@@ -54,10 +54,11 @@ def test_each_implementation_is_the_one_that_runs_and_all_agree(family, dtype, d
     model = _loaded(family, dtype, device, tmp_path)
     tokens = hf_models.prompt().to(device)
     seen = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: seen.setdefault(module, args))
-        for module in hf_models.experts_modules(model)
-    ]
+
+    def keep_the_first(module, inputs):
+        seen.setdefault(module, inputs)
+
+    hooks = [m.register_forward_pre_hook(keep_the_first) for m in hf_models.experts_modules(model)]
     with hf_models.no_fallback():
         for name in IMPLEMENTATIONS:
             model.set_experts_implementation(name)

@@ -1,7 +1,5 @@
 """Experts the kernels can never serve, whatever their weights: said, or raised, when the model is patched."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -64,15 +62,10 @@ def test_a_model_without_experts():
 
 
 def test_transformers_fp8_experts():
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, replace_with_fp8_linear
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 
-    model = hf_models.build("qwen3_moe", implementation="grouped_mm")
-    quantization = SimpleNamespace(
-        dequantize=False, weight_block_size=(32, 32), activation_scheme="dynamic", scale_fmt="float", expert_dtype="fp8"
-    )
-    replace_with_fp8_linear(model, quantization_config=quantization)
+    model = hf_models.fp8("grouped_mm")
     experts = hf_models.experts_modules(model)[0]
-    assert type(experts).__name__ == "FP8Experts"
     _raises_when_patched(model, "FP8Experts: its weights are block-scaled FP8")
     # By name the FP8 experts have a registry of their own; without our name in it they would end in a KeyError.
     warpdecode.hf.register()

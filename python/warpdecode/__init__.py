@@ -23,6 +23,16 @@ from warpdecode.threads import get_num_threads, set_num_threads
 
 __version__ = version()
 
+
+def __getattr__(name: str):
+    # So that `import warpdecode` is enough, and costs those who do not use them neither torch nor transformers.
+    if name == "hf":
+        import importlib
+
+        return importlib.import_module("warpdecode.hf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "CudaDevice",
     "Experts",

@@ -1,12 +1,22 @@
-"""Hugging Face transformers, served by warpdecode's kernels.
+"""Hugging Face transformers, served by warpdecode's kernels. Three ways to switch them on:
 
     import warpdecode.hf
 
-    model = warpdecode.hf.patch(AutoModelForCausalLM.from_pretrained(...))      # a model in hand
-    with warpdecode.hf.patched(model): ...                                      # a scope
-    warpdecode.hf.register()                                                    # or by name:
+    warpdecode.hf.patch(model)              # a model in hand; undone by unpatch(model)
+    with warpdecode.hf.patched(model): ...  # the same for a scope
+    warpdecode.hf.register()                # by name
     model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="warp_decode")
-    print(warpdecode.hf.explain(model))                                         # which layer takes which path, and why
+    warpdecode.hf.accelerate_decode()       # the decode loop of every generate() in this process
+
+    print(warpdecode.hf.explain(model))     # which layer takes which path, and why
+
+* `patch` is for the model that you hold: prefill, decode and scoring run on the kernels, so that their bits agree.
+  `strict=True` forbids the model's own path, which otherwise stays as it was configured.
+* By name is for code that passes options on to transformers (a trainer, a config file) and never shows you the model.
+  The model's own path is then grouped_mm. transformers before 5.7 accepts no names but its own, and `register` says so.
+* `accelerate_decode` is for code that you cannot or do not want to change: it takes the place of transformers'
+  `batched_mm`, which `generate()` chooses for its decode loop on a GPU. Prefill stays on grouped_mm, so the bits of a
+  rollout and of its scoring differ.
 
 What the kernels cannot serve (a call that needs gradients above all) goes to the model's own path. That is said once
 per reason and model by a `WarpDecodeFallbackWarning`, and raises `WarpDecodeFallbackError` under `patch(strict=True)`.
@@ -28,15 +38,18 @@ except ImportError as error:
     ) from error
 
 from .config import WarpDecodeFallbackError, WarpDecodeFallbackWarning
+from .decode import DecodeAcceleration, accelerate_decode
 from .explain import Explanation, LayerRow, explain
 from .forward import register
 from .patch import patch, patched, unpatch
 
 __all__ = [
+    "DecodeAcceleration",
     "Explanation",
     "LayerRow",
     "WarpDecodeFallbackError",
     "WarpDecodeFallbackWarning",
+    "accelerate_decode",
     "explain",
     "patch",
     "patched",

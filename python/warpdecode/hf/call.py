@@ -25,9 +25,11 @@ def watched() -> str | None:
     return None
 
 
-def call_against(layer, parameters, inputs) -> str | None:
-    """The reason why the kernels cannot serve this call of a `Layer` that they can serve; None when they can.
-    `parameters` are its weights as they are now, `inputs` the hidden states, the ids and the routing weights."""
+def call_against(names, parameters, inputs) -> str | None:
+    """The reason why the kernels cannot serve this call of a layer that they can serve; None when they can.
+    `parameters` are its weights as they are now, by `names`; `inputs` the hidden states, the ids and the routing
+    weights. torch.compile traces it, too."""
+    first = parameters[0]
     hidden_states, ids, weights = inputs
     if not (type(hidden_states) in PLAIN and type(ids) in PLAIN and type(weights) in PLAIN):
         kinds = sorted({type(t).__name__ for t in (hidden_states, ids, weights) if type(t) not in PLAIN})
@@ -35,18 +37,16 @@ def call_against(layer, parameters, inputs) -> str | None:
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad or weights.requires_grad or _any_requires_grad(parameters)
     ):
-        named = zip(
-            (*layer.names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights), strict=True
-        )
+        named = zip((*names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights), strict=True)
         first = next(name for name, tensor in named if tensor.requires_grad)
         return (
             f"gradients are needed (grad mode is on and {first} requires grad) and the kernels have no backward; use "
             "torch.no_grad() or model.requires_grad_(False) where none are"
         )
-    if hidden_states.dtype is not layer.dtype or hidden_states.device != layer.device:
+    if hidden_states.dtype is not first.dtype or hidden_states.device != first.device:
         return (
-            f"hidden_states is {hidden_states.dtype} on {hidden_states.device} and the weights {layer.dtype} on "
-            f"{layer.device}; they must be the same"
+            f"hidden_states is {hidden_states.dtype} on {hidden_states.device} and the weights {first.dtype} on "
+            f"{first.device}; they must be the same"
         )
     if ids.dtype not in _ID_DTYPES or weights.dtype not in _WEIGHT_DTYPES:
         return (
@@ -55,13 +55,14 @@ def call_against(layer, parameters, inputs) -> str | None:
         )
     if hidden_states.dim() != 2 or ids.dim() != 2:
         return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
-    return _autocast_against(layer) if torch.is_autocast_enabled(layer.device_type) else None
+    device_type = first.device.type
+    return _autocast_against(first.dtype, device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _any_requires_grad(parameters) -> bool:
     return any([parameter.requires_grad for parameter in parameters])  # a list: a generator costs twice as much
 
 
-def _autocast_against(layer) -> str | None:
-    to = torch.get_autocast_dtype(layer.device_type)
-    return None if to is layer.dtype else f"autocast to {to} is on and the weights are {layer.dtype}"
+def _autocast_against(dtype, device_type) -> str | None:
+    to = torch.get_autocast_dtype(device_type)
+    return None if to is dtype else f"autocast to {to} is on and the weights are {dtype}"

@@ -85,28 +85,46 @@ class PatchedConfig:
 
 def _restore(inner, policy):
     # A patched model unpickled in a new process: the name it asks for has to be there.
-    from .forward import register
+    from .forward import enter_registries
 
-    register()
+    enter_registries()
     return PatchedConfig(inner, policy)
 
 
-# Models that use us by name have no object of ours. Configs are not hashable, so identity is the key, and the weak
-# reference both guards against a reused id and removes the entry.
-_by_name: dict[int, tuple[weakref.ref, Policy]] = {}
+class ModelPolicies:
+    """One policy for each model that has no object of ours, told apart by the config that its modules share."""
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+        self.while_compiling = Policy(strict)  # of all such models: traced code has no config to ask for
+        # Configs are not hashable, so identity is the key, and the weak reference both guards against a reused id and
+        # removes the entry.
+        self._by_config: dict[int, tuple[weakref.ref, Policy]] = {}
+
+    def of(self, module: torch.nn.Module) -> Policy:
+        """The policy of the model that `module` belongs to."""
+        config = module.config
+        key = id(config)
+        entry = self._by_config.get(key)
+        if entry is None or entry[0]() is not config:
+            entry = (weakref.ref(config, lambda _: self._by_config.pop(key, None)), Policy(self.strict))
+            self._by_config[key] = entry
+        return entry[1]
+
+
+_by_name = ModelPolicies()
 
 
 def policy_of(module: torch.nn.Module) -> Policy:
     """The policy of the model that `module` belongs to: the patch's, or one per config when used by name."""
     config = module.config
-    if type(config) is PatchedConfig:
-        return config.policy
-    key = id(config)
-    entry = _by_name.get(key)
-    if entry is None or entry[0]() is not config:
-        entry = (weakref.ref(config, lambda _: _by_name.pop(key, None)), Policy())
-        _by_name[key] = entry
-    return entry[1]
+    return config.policy if type(config) is PatchedConfig else _by_name.of(module)
+
+
+def policy_key(module: torch.nn.Module) -> str:
+    """The key of the same in `policies`, for code that is being compiled."""
+    config = module.config
+    return config.policy.key if type(config) is PatchedConfig else _by_name.while_compiling.key
 
 
 def asked_for(module: torch.nn.Module) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
+from . import decode
 from .config import NAME, PatchedConfig, asked_for
 from .forward import own_path_name
 from .layer import Layer, built_against, is_dispatched, weight_names, weights_of
@@ -65,7 +66,7 @@ class Explanation(list):
 
 def explain(model: torch.nn.Module) -> Explanation:
     """Lists the path of every Mixture-of-Experts layer of `model` in a call that needs no gradients, such as those of
-    `generate()`, with the reason. Changes nothing. What only a call can tell (autocast, torch.compile, the inputs'
+    `generate()`, with the reason. Changes nothing. What only a call can tell (autocast, torch.export, the inputs'
     dtype) is said by the call."""
     return Explanation(_row(name, module) for name, module in moe_modules(model))
 
@@ -101,9 +102,14 @@ def _verdict(module, weights) -> tuple[str, str]:
     against = built_against(module) or Layer(module, weights).reason
     if against is not None:
         return own, against
-    if not asked_for(module):
+    if asked_for(module):
+        how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
+    elif decode.is_on() is None:
         return own, "it is not patched; the kernels can serve it"
-    how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
+    elif own == decode.REPLACED:
+        how = f"accelerate_decode() takes the place of {own}"
+    else:
+        return own, f"accelerate_decode() takes the place of {decode.REPLACED}, to which generate() may switch it"
     if any(weight.requires_grad for weight in weights):
         how += f"; calls with grad mode on take {own}, because the weights require grad"
     return NAME, how

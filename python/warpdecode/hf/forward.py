@@ -1,14 +1,15 @@
 """The function transformers calls for `experts_implementation="warp_decode"`, and its registration."""
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from . import compiled
 from .call import call_against, watched
-from .config import NAME, PatchedConfig, Policy, own_implementation, policies, policy_of
+from .config import NAME, Policy, own_implementation, policy_key, policy_of
 from .layer import built_against, is_dispatched, layer_of
-
-COMPILING = "torch.compile (or torch.export) is tracing the model, and the kernels cannot be traced"
+from .registries import ALL_FP8_EXPERTS_FUNCTIONS, FORWARD, FP8_FORWARD, NAMES_ARE_OPEN, VERSION, implementation
 
 
 def register() -> None:
@@ -18,11 +19,23 @@ def register() -> None:
     `model.set_experts_implementation("warp_decode")` work. May be called more than once. Used by name, a layer that
     cannot be served takes grouped_mm, the path transformers chooses by default, and says so once; `patch` offers
     `strict` and keeps the path the model had.
+
+    Raises RuntimeError with transformers before 5.7, which accepts no names but its own.
     """
-    # The global mappings, not an instance's: transformers may make new interface objects. One name in both, because
-    # transformers accepts a name that either has and an FP8 model would find nothing under ours when it runs.
-    type(ALL_EXPERTS_FUNCTIONS).register(NAME, experts_forward)
-    type(ALL_FP8_EXPERTS_FUNCTIONS).register(NAME, fp8_experts_forward)
+    if not NAMES_ARE_OPEN:
+        raise RuntimeError(
+            f"warpdecode: transformers {VERSION} accepts no experts implementation but its own by name; 5.7 and newer "
+            "do. warpdecode.hf.patch(model) and warpdecode.hf.accelerate_decode() work with this one."
+        )
+    enter_registries()
+
+
+def enter_registries() -> None:
+    """Our function in both registries under one name: transformers accepts a name that either has, and an FP8 model
+    would find nothing under ours when it runs."""
+    FORWARD[NAME] = experts_forward
+    if FP8_FORWARD is not None:
+        FP8_FORWARD[NAME] = fp8_experts_forward
 
 
 def experts_forward(
@@ -36,17 +49,54 @@ def experts_forward(
     Ids equal to the number of local experts are expert parallelism's mark for another rank's; the kernels skip them.
     The returned tensor is fresh, because expert parallelism reduces it in place.
     """
+    return serve(self, (hidden_states, top_k_index, top_k_weights), _CONFIGURED)
+
+
+class Caller(Protocol):
+    """On whose behalf a layer is served: what it does where the kernels cannot."""
+
+    def policy(self, module: torch.nn.Module) -> Policy:
+        """Whether that raises, and what was said."""
+
+    def key(self, module: torch.nn.Module) -> str:
+        """The key in `policies` of the policy while compiling."""
+
+    def own_name(self, module: torch.nn.Module) -> str:
+        """The name of the path that is taken then, for people."""
+
+    def own_path(self, module: torch.nn.Module) -> Callable:
+        """Its function: (module, hidden_states, ids, weights) -> output."""
+
+
+class _Configured:
+    """A module that was patched, or whose config asks for us by name."""
+
+    policy, key = staticmethod(policy_of), staticmethod(policy_key)
+
+    @staticmethod
+    def own_name(module):
+        return own_path_name(module)
+
+    @staticmethod
+    def own_path(module):
+        # __wrapped__ is the class's forward as it was written, which transformers' decorator keeps for "eager".
+        return implementation(own_implementation(module), type(module).forward.__wrapped__)
+
+
+_CONFIGURED = _Configured()
+
+
+def serve(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], caller: Caller) -> torch.Tensor:
+    """One call of a module's experts on (hidden states, ids, weights)."""
     if torch.compiler.is_compiling():
-        _report_compiling(self)
-        return _own_path(self)(self, hidden_states, top_k_index, top_k_weights)
-    inputs = (hidden_states, top_k_index, top_k_weights)
+        return compiled.serve(module, inputs, caller)
     reason = watched()
     if reason is not None:
-        return _hand_over(self, reason, inputs)
-    layer, weights = layer_of(self)
-    reason = layer.reason or call_against(layer, weights, inputs)
+        return _hand_over(module, inputs, caller, reason)
+    layer, weights = layer_of(module)
+    reason = layer.reason or call_against(layer.names, weights, inputs)
     if reason is not None:
-        return _hand_over(self, reason, inputs)
+        return _hand_over(module, inputs, caller, reason)
     try:
         return layer.experts(*inputs)
     except ValueError:
@@ -55,41 +105,25 @@ def experts_forward(
         return layer.experts(*(t.clone(memory_format=torch.contiguous_format) for t in inputs))
 
 
+def _hand_over(module, inputs, caller: Caller, reason: str) -> torch.Tensor:
+    caller.policy(module).report(type(module).__name__, caller.own_name(module), reason)
+    return caller.own_path(module)(module, *inputs)
+
+
 def fp8_experts_forward(self: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
     """The same name asked of transformers' FP8 experts: their own default path, said once."""
-    if torch.compiler.is_compiling():
-        _report_compiling(self)
-    else:
-        policy_of(self).report(type(self).__name__, "grouped_mm", built_against(self))
+    report_fp8(self, _CONFIGURED, "grouped_mm")
     return ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](self, *args, **kwargs)
+
+
+def report_fp8(module: torch.nn.Module, caller: Caller, own_name: str) -> None:
+    """Says that the module's FP8 experts are not served."""
+    if torch.compiler.is_compiling():
+        compiled.report(caller.key(module), type(module).__name__, own_name, built_against(module))
+    else:
+        caller.policy(module).report(type(module).__name__, own_name, built_against(module))
 
 
 def own_path_name(module: torch.nn.Module) -> str:
     """The name of the path `module` takes without us, for people."""
     return (own_implementation(module) or "eager") if is_dispatched(module) else "its own forward"
-
-
-def _hand_over(module: torch.nn.Module, reason: str, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    policy_of(module).report(type(module).__name__, own_path_name(module), reason)
-    return _own_path(module)(module, *inputs)
-
-
-def _own_path(module: torch.nn.Module):
-    # __wrapped__ is the class's forward as it was written, which transformers' decorator keeps for "eager".
-    return ALL_EXPERTS_FUNCTIONS.get_interface(own_implementation(module), type(module).forward.__wrapped__)
-
-
-def _report_compiling(module: torch.nn.Module) -> None:
-    config = module.config
-    key = config.policy.key if type(config) is PatchedConfig else ""
-    _report_compiling_by_key(key, type(module).__name__, own_implementation(module) or "eager")
-
-
-_policy_by_name_compiling = Policy()
-
-
-# Runs while tracing and leaves nothing in the graph; a warning in the graph would break it.
-@torch.compiler.assume_constant_result
-def _report_compiling_by_key(key: str, class_name: str, own_path: str) -> None:
-    policy = policies.get(key, _policy_by_name_compiling)
-    policy.report(class_name, own_path, COMPILING)

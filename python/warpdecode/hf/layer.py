@@ -4,13 +4,21 @@ How the module is built and what its weights are is looked at once, and again wh
 single call brings is `call.py`'s.
 """
 
+import functools
+import json
+import weakref
+
 import torch
 
 from .. import Experts, cuda_usable
 from .call import PLAIN
 from .gate import EXPERTS_ARGUMENTS, Gate, probe_gate
+from .registries import FP8Experts
 
 SLOT = "_warpdecode_layer"  # in module.__dict__: neither parameter, buffer, nor in the state dict
+
+# Layers by their weights' addresses, for compiled code, which has the weights but no module.
+_by_address: "weakref.WeakValueDictionary[tuple[int, ...], Layer]" = weakref.WeakValueDictionary()
 
 # The attributes in which transformers' decorator says how a class stores its weights: the standard value, the argument
 # of `warpdecode.Experts` that says the other one, and what that means. Older releases lack the last.
@@ -37,7 +45,7 @@ _LAYOUT = (
 def is_dispatched(module: torch.nn.Module) -> bool:
     """Whether transformers looks this module's implementation up in its experts interface on every call."""
     state = module.__dict__
-    return "config" in state and "is_concatenated" in state and hasattr(type(module).forward, "__wrapped__")
+    return "config" in state and "is_transposed" in state and hasattr(type(module).forward, "__wrapped__")
 
 
 def built_against(module: torch.nn.Module) -> str | None:
@@ -53,22 +61,23 @@ def built_against(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _layout_arguments(module: torch.nn.Module, weights) -> dict:
-    """What `warpdecode.Experts` is told about a layout that is not the standard one."""
+def _layout_arguments(module: torch.nn.Module) -> dict:
+    """What `warpdecode.Experts` is told about a layout that is not the standard one; its weights are not among it."""
     found = {}
     for attribute, standard, arguments, _ in _LAYOUT:
         if getattr(module, attribute, standard) != standard:
-            found |= arguments
-    if "gate_up_bias" in found:
-        found |= {"gate_up_bias": weights[2], "down_bias": weights[3]}
+            found |= {name: value for name, value in arguments.items() if value is not None}
     return found
+
+
+def _biases_among(weights) -> dict[str, torch.Tensor]:
+    """The arguments of `warpdecode.Experts` that the weights after the two projections are."""
+    return dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=True)) if len(weights) > 2 else {}
 
 
 def is_fp8(module: torch.nn.Module) -> bool:
     """Whether this is one of transformers' FP8 experts, which have an experts interface of their own."""
-    from transformers.integrations.finegrained_fp8 import FP8Experts
-
-    return isinstance(module, FP8Experts)
+    return FP8Experts is not None and isinstance(module, FP8Experts)
 
 
 def weight_names(module: torch.nn.Module) -> tuple[str, ...]:
@@ -89,7 +98,7 @@ def weights_of(module: torch.nn.Module, names: tuple[str, ...]) -> tuple[tuple, 
     return weights, "_hf_hook" not in module.__dict__
 
 
-def _weights_against(names, weights) -> str | None:
+def weights_against(names, weights) -> str | None:
     for name, weight in zip(names, weights, strict=True):
         reason = _weight_against(name, weight)
         if reason is not None:
@@ -122,34 +131,38 @@ def _weight_against(name: str, weight) -> str | None:
 
 class Layer:
     """What is known about one module: `experts` to call, or the `reason` why there is none; `never` when other weights
-    would not change that. `names` are those of its weights, which are given as they are now."""
+    would not change that. `names` are those of its weights, which are given as they are now; `description` is what is
+    known without them: the arguments of `warpdecode.Experts`, as JSON, because compiled code can hold strings."""
 
-    __slots__ = ("act_module", "device", "device_type", "dtype", "experts", "gate", "names", "never", "reason")
+    __slots__ = ("__weakref__", "act_module", "description", "experts", "gate", "names", "never", "reason")
 
     def __init__(self, module, weights, previous: "Layer | None" = None):
         self.experts = None
         self.gate: Gate | None = None
+        self.description = ""
         self.names = weight_names(module)
         self.act_module = module._modules.get("act_fn")
         self.reason = built_against(module)
         self.never = self.reason is not None
-        self.reason = self.reason or _weights_against(self.names, weights)
+        self.reason = self.reason or weights_against(self.names, weights)
         if self.reason is not None:
             return
-        first = weights[0]
-        self.dtype, self.device, self.device_type = first.dtype, first.device, first.device.type
         if previous is not None and previous.gate is not None and previous.act_module is self.act_module:
             self.gate = previous.gate  # new weights, same gate: RL replaces weights every step
         else:
-            self.gate = probe_gate(module, first.device)
+            self.gate = probe_gate(module, weights[0].device)
         self.reason = self.gate.reason
         if self.reason is not None:
             self.never = True
             return
+        arguments = self.gate.arguments | _layout_arguments(module)
+        self.description = json.dumps(arguments, sort_keys=True)
         try:
-            self.experts = Experts(*weights[:2], **self.gate.arguments, **_layout_arguments(module, weights))
+            self.experts = Experts(*weights[:2], **arguments, **_biases_among(weights))
         except ValueError as error:  # shapes, dtypes, alignment: the library knows its limits best and says them
             self.reason = str(error).rstrip(".")
+        else:
+            _by_address[_addresses(weights)] = self
 
     def __reduce__(self):
         # A copied or unpickled module has other weights. None is "not described yet", and NoneType needs no import of
@@ -159,7 +172,8 @@ class Layer:
     def without_weights(self) -> "Layer":
         """What may be kept when the weights were computed for one call: the gate, and nothing that holds them."""
         kept = object.__new__(Layer)
-        kept.act_module, kept.gate, kept.never, kept.names = self.act_module, self.gate, self.never, self.names
+        kept.act_module, kept.gate, kept.description = self.act_module, self.gate, self.description
+        kept.names, kept.never = self.names, self.never
         kept.experts = kept.reason = None
         return kept
 
@@ -174,6 +188,24 @@ class Layer:
         return self.experts.matches(*weights)
 
 
+def experts_of(weights, description: str) -> Experts:
+    """What to call for these weights: a layer's that some module keeps, or one described for this call alone. Keeping
+    it here would keep the weights' memory, too."""
+    layer = _by_address.get(_addresses(weights))
+    if layer is not None and layer.description == description and layer.experts.matches(*weights):
+        return layer.experts
+    return Experts(*weights[:2], **_arguments(description), **_biases_among(weights))
+
+
+def _addresses(weights) -> tuple[int, ...]:
+    return tuple([weight.data_ptr() for weight in weights])
+
+
+@functools.lru_cache(maxsize=64)
+def _arguments(description: str) -> dict:
+    return json.loads(description)
+
+
 def layer_of(module: torch.nn.Module) -> tuple[Layer, tuple]:
     """(the module's layer, its weights as they are now), from what is kept on the module where that still holds."""
     layer = module.__dict__.get(SLOT)
@@ -181,9 +213,12 @@ def layer_of(module: torch.nn.Module) -> tuple[Layer, tuple]:
     if layer is None or not layer.still_describes(module, weights):
         layer = Layer(module, weights, previous=layer)
         module.__dict__[SLOT] = layer if kept else layer.without_weights()
+    elif not kept:  # a hook or a parametrization came after it was described
+        module.__dict__[SLOT] = layer.without_weights()
     return layer, weights
 
 
-def look_at(module: torch.nn.Module) -> Layer:
-    """The module's layer as it is now; nothing is kept."""
-    return Layer(module, weights_of(module, weight_names(module))[0])
+def look_at(module: torch.nn.Module) -> tuple[Layer, bool]:
+    """(the module's layer as it is now, whether it may be kept); nothing is."""
+    weights, kept = weights_of(module, weight_names(module))
+    return Layer(module, weights), kept

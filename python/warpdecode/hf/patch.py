@@ -7,7 +7,7 @@ import torch
 
 from .config import PatchedConfig, Policy, WarpDecodeFallbackError, warn
 from .explain import moe_modules
-from .forward import own_path_name, register
+from .forward import enter_registries, own_path_name
 from .layer import SLOT, look_at
 
 
@@ -26,27 +26,28 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
 
     Patching again is the same as patching once, with the new `strict`. Undone by `unpatch`.
     """
-    register()
+    enter_registries()
     found = [module for _, module in moe_modules(model)]
     if not found:
         _nothing(f"{type(model).__name__} has no Mixture-of-Experts layers that could be patched", strict)
         return model
     policy = Policy(strict)
-    layers = [(module, look_at(module)) for module in found]
-    if all(layer.reason is not None for _, layer in layers):
-        reasons = {(type(module).__name__, layer.reason) for module, layer in layers}
+    layers = [(module, *look_at(module)) for module in found]
+    if all(layer.reason is not None for _, layer, _ in layers):
+        reasons = {(type(module).__name__, layer.reason) for module, layer, _ in layers}
         _nothing(
             f"none of the {len(layers)} Mixture-of-Experts layers of {type(model).__name__} can be served as the model "
             f"is now: {'; '.join(sorted(f'{name}: {reason}' for name, reason in reasons))}",
             strict,
         )
         policy.said |= reasons
-    for module, layer in layers:  # before the first is patched: under strict this raises
+    for module, layer, _ in layers:  # before the first is patched: under strict this raises
         if layer.never:
             policy.report(type(module).__name__, own_path_name(module), layer.reason)
-    for module, layer in layers:
+    for module, layer, kept in layers:
         if not layer.never:
             module.__dict__["config"] = PatchedConfig(_inner(module.__dict__["config"]), policy)
+            module.__dict__[SLOT] = layer if kept else layer.without_weights()  # torch.compile may come first
     return model
 
 

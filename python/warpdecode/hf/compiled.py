@@ -1,0 +1,72 @@
+"""The kernels under torch.compile: one opaque operator, chosen while the model is traced.
+
+torch.compile can trace neither DLPack nor raw pointers, so a compiled graph holds `torch.ops.warpdecode.experts`. It
+takes tensors and a string alone, the same for all layers of a model, so that a compiled layer serves the others, too.
+Outside of compilation a layer is called directly: the dispatcher would cost more than it brings.
+"""
+
+import torch
+
+from .call import call_against
+from .config import policies
+from .layer import SLOT, experts_of, look_at, weight_names, weights_against, weights_of
+
+EXPORTING = "torch.export is tracing the model, and an exported program must run without warpdecode"
+
+_library = torch.library.Library("warpdecode", "DEF")
+_library.define(
+    "experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor[] weights, str description) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run(hidden_states, topk_ids, topk_weights, weights, description):
+    experts = experts_of(weights, description)
+    inputs = (hidden_states, topk_ids, topk_weights)
+    return experts(*(t if t.is_contiguous() else t.contiguous() for t in inputs))
+
+
+def _run_fake(hidden_states, topk_ids, topk_weights, weights, description):
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+_library.impl("experts", _run, "CPU")
+_library.impl("experts", _run, "CUDA")
+torch.library.register_fake("warpdecode::experts", _run_fake, lib=_library)
+
+
+def serve(module, inputs, caller) -> torch.Tensor:
+    """What `forward.serve` does, in steps that torch.compile can trace."""
+    if torch.compiler.is_exporting():
+        reason = EXPORTING
+    else:
+        reason, description, names = _known(module)
+        weights, _ = weights_of(module, names)
+        reason = reason or weights_against(names, weights) or call_against(names, weights, inputs)
+    if reason is not None:
+        report(caller.key(module), type(module).__name__, caller.own_name(module), reason)
+        return caller.own_path(module)(module, *inputs)
+    return torch.ops.warpdecode.experts.default(*inputs, weights, description)
+
+
+def _known(module) -> tuple[str | None, str, tuple[str, ...]]:
+    """(reason why the module can never be served, its description, the names of its weights)."""
+    layer = module.__dict__.get(SLOT)
+    if layer is None or layer.gate is None:
+        return (*_look_at(module), weight_names(module))
+    return layer.reason if layer.never else None, layer.description, layer.names
+
+
+# Both run while tracing and leave nothing in the graph. What they return is part of the compiled code.
+@torch.compiler.assume_constant_result
+def _look_at(module) -> tuple[str | None, str]:
+    """For a module that never ran and was not patched. It ties the compiled code to this one module, so that a compiled
+    layer would be compiled again for each of the model's: hence what is known is kept in the slot where possible."""
+    layer, _ = look_at(module)
+    return layer.reason if layer.never else None, layer.description
+
+
+@torch.compiler.assume_constant_result
+def report(key: str, class_name: str, own_path: str, reason: str) -> None:
+    """Says, or raises, by the policy of this key."""
+    policies[key].report(class_name, own_path, reason)

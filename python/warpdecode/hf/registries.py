@@ -1,0 +1,29 @@
+"""transformers' two registries of experts implementations: name -> function(module, hidden_states, ids, weights).
+
+Both are mappings shared by all interface objects that transformers makes, so an entry holds for the whole process.
+"""
+
+from collections.abc import Callable
+
+from transformers import __version__ as VERSION
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+try:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+except ImportError:  # before 5.7 this module needs Triton
+    ALL_FP8_EXPERTS_FUNCTIONS = FP8Experts = None
+
+# Since 5.7 transformers accepts every name that a registry has; before, a fixed list of its own.
+NAMES_ARE_OPEN = tuple(int(part) for part in VERSION.split(".")[:2]) >= (5, 7)
+
+FORWARD: dict[str, Callable] = ExpertsInterface._global_mapping
+FP8_FORWARD: dict[str, Callable] | None = (
+    None if ALL_FP8_EXPERTS_FUNCTIONS is None else type(ALL_FP8_EXPERTS_FUNCTIONS)._global_mapping
+)
+
+
+def implementation(name: str | None, default: Callable) -> Callable:
+    """The function registered under `name`, `default` for "eager"; never one of ours but the function that it took the
+    place of. Raises KeyError for a name that is not registered, as transformers does."""
+    function = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
+    return getattr(function, "in_place_of", function)
