@@ -1,7 +1,10 @@
 """torch.compile gets the kernels as one operator; torch.jit and torch.export, which cannot, the model's own path."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
+from transformers import CompileConfig, GenerationConfig
 
 import cases
 import hf_models
@@ -181,8 +184,6 @@ def test_the_operator_keeps_torch_s_rules(dtype, activation, device):
 
 
 def _generate(model, tokens, **kwargs):
-    from transformers import CompileConfig
-
     config = CompileConfig(fullgraph=True, **kwargs)
     config._compile_all_devices = True  # transformers compiles on GPUs alone, otherwise
     return model.generate(
@@ -235,6 +236,50 @@ def test_generate_with_a_static_cache_on_the_gpu(how, cuda):
             acceleration.undo()
         torch._dynamo.reset()
     assert served and torch.equal(first, second)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("graphs")
+def test_inductor_runs_the_operator_with_the_same_bits(layer, device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    layer.to(device, dtype)
+    inputs = [t.to(device) for t in hf_models.layer_inputs(dtype=dtype)]
+    expected = layer(*inputs)
+    with hf_models.counted_kernel_calls() as served:
+        assert torch.equal(torch.compile(layer, fullgraph=True)(*inputs), expected)
+    assert served
+
+
+@pytest.mark.parametrize(
+    ("how", "device"),
+    [("patched", "cpu"), *(pytest.param(how, "cuda", marks=pytest.mark.gpu) for how in HOW)],  # it starts slowly
+)
+def test_continuous_batching(how, device):
+    warpdecode.hf.register()
+    names = {"patched": "grouped_mm", "by name": "warp_decode", "accelerated": "batched_mm"}
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    prompts = [row[: 3 + i].tolist() for i, row in enumerate(hf_models.prompt())]  # of different lengths
+    model = hf_models.build("qwen3_moe", implementation=names[how]).to(device, dtype)
+    if how == "patched":
+        warpdecode.hf.patch(model, strict=True)
+    with ExitStack() as stack:
+        if how == "accelerated":
+            stack.enter_context(warpdecode.hf.accelerate_decode(strict=True))
+        stack.enter_context(hf_models.no_fallback())
+        served = stack.enter_context(hf_models.counted_kernel_calls())
+        got = _generate_batch(model, prompts)
+        assert got == _generate_batch(model, prompts)
+    assert served
+    if device == "cpu":  # in FP32 the own path gives the same tokens
+        assert got == _generate_batch(hf_models.build("qwen3_moe", implementation="grouped_mm"), prompts)
+
+
+def _generate_batch(model, prompts) -> list[list[int]]:
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = model.generate_batch(inputs=prompts, generation_config=config)
+    tokens = [results[key].generated_tokens for key in sorted(results, key=lambda key: int(key.split("_")[-1]))]
+    assert len(tokens) == len(prompts) and all(len(row) == 5 for row in tokens)
+    return tokens
 
 
 # ---- what cannot hold the operator

@@ -9,7 +9,7 @@ import torch
 from . import decode
 from .config import NAME, PatchedConfig, asked_for
 from .forward import own_path_name
-from .layer import Layer, built_against, is_dispatched, weight_names, weights_of
+from .layer import Layer, built_against, is_dispatched, weights_between_calls
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def moe_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]
 
 
 def _row(name: str, module: torch.nn.Module) -> LayerRow:
-    weights, _ = weights_of(module, weight_names(module))
+    weights, _ = weights_between_calls(module)
     some = next((w for w in (*weights, next(module.parameters(), None)) if w is not None), None)
     path, reason = _verdict(module, weights)
     return LayerRow(

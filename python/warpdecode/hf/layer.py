@@ -95,7 +95,24 @@ def weights_of(module: torch.nn.Module, names: tuple[str, ...]) -> tuple[tuple, 
     for weight in weights:
         if weight is None:
             return tuple([getattr(module, name, None) for name in names]), False
-    return weights, "_hf_hook" not in module.__dict__
+    return weights, not _on_loan(module)
+
+
+def _on_loan(module: torch.nn.Module) -> bool:
+    # device_map puts a hook on every module; those that offload take the weights away after the call.
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return False
+    return any([getattr(each, "offload", True) for each in getattr(hook, "hooks", (hook,))])
+
+
+def weights_between_calls(module: torch.nn.Module) -> tuple[tuple, bool]:
+    """The same of a module that is not running. Tensor and expert parallelism keep DTensors in it, and bring this
+    process's part of them for the time of a call: that part is what a call will bring. A call that brings a DTensor
+    is not served: nobody would sum what the processes compute."""
+    weights, kept = weights_of(module, weight_names(module))
+    local = tuple([weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights])
+    return local, kept and all(a is b for a, b in zip(local, weights, strict=True))
 
 
 def weights_against(names, weights) -> str | None:
@@ -220,5 +237,5 @@ def layer_of(module: torch.nn.Module) -> tuple[Layer, tuple]:
 
 def look_at(module: torch.nn.Module) -> tuple[Layer, bool]:
     """(the module's layer as it is now, whether it may be kept); nothing is."""
-    weights, kept = weights_of(module, weight_names(module))
+    weights, kept = weights_between_calls(module)
     return Layer(module, weights), kept

@@ -1,0 +1,116 @@
+"""PEFT's adapters on the experts' weights: served with the weights as they are at each call, never with stale ones."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import hf_models
+import warpdecode.hf
+
+peft = pytest.importorskip("peft")
+
+# FP32: the kernels and grouped_mm keep FP32 sums and differ in their order; the logits are of order 3.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def _model():
+    return hf_models.build("qwen3_moe", implementation="grouped_mm").requires_grad_(False)
+
+
+def _config(rank):
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return peft.LoraConfig(r=rank, target_modules=[], target_parameters=targets)
+
+
+def _adapted(model):
+    model = peft.get_peft_model(model, _config(4)).eval()
+    _draw(model, 3)
+    return model
+
+
+@torch.no_grad()
+def _draw(model, seed):
+    """New adapter weights, which start as products with zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.3, generator=generator)
+
+
+@torch.no_grad()
+def _logits(model) -> torch.Tensor:
+    return model(hf_models.prompt()).logits
+
+
+@pytest.fixture(params=["patched before", "patched after"])
+def models(request):
+    """(an adapted model of transformers alone, the same one patched before or after the adapter came)."""
+    plain = _adapted(_model())
+    patched = _adapted(warpdecode.hf.patch(_model())) if request.param == "patched before" else _adapted(_model())
+    return plain, warpdecode.hf.patch(patched) if request.param == "patched after" else patched
+
+
+def _assert_alike(models) -> torch.Tensor:
+    plain, patched = models
+    with hf_models.no_fallback(), hf_models.counted_kernel_calls() as served:
+        got = _logits(patched)
+    assert len(served) == hf_models.MOE_LAYERS
+    expected = _logits(plain)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    return expected
+
+
+def test_the_adapter_counts_and_is_never_stale(models):
+    seen = [_assert_alike(models)]
+    for seed in (4, 5):
+        for model in models:
+            _draw(model, seed)
+        seen.append(_assert_alike(models))
+    for model in models:
+        model.disable_adapter_layers()
+    seen.append(_assert_alike(models))
+    torch.testing.assert_close(seen[-1], _logits(_model()), **TOLERANCE)
+    for model in models:
+        model.enable_adapter_layers()
+    assert torch.equal(_assert_alike(models), seen[2])
+    for i, first in enumerate(seen):
+        assert not any(torch.allclose(first, other, rtol=0.01, atol=0.01) for other in seen[i + 1 :])
+
+
+def test_merged_adapters(models):
+    before = _assert_alike(models)
+    for model in models:
+        model.merge_adapter()
+    torch.testing.assert_close(_assert_alike(models), before, **TOLERANCE)
+    for model in models:
+        model.unmerge_adapter()
+    torch.testing.assert_close(_assert_alike(models), before, **TOLERANCE)
+    _assert_alike([model.merge_and_unload() for model in models])
+
+
+def test_two_adapters_by_turns(models):
+    seen = []
+    for model in models:
+        model.add_adapter("second", _config(2))
+        _draw(model, 6)
+    for name in ("default", "second", "default"):
+        for model in models:
+            model.set_adapter(name)
+        seen.append(_assert_alike(models))
+    assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], rtol=0.01, atol=0.01)
+
+
+def test_training_the_adapter_takes_the_model_s_own_path(models):
+    gradients = []
+    for model in models:
+        model.zero_grad()
+        with (
+            hf_models.counted_kernel_calls() as served,
+            pytest.warns(UserWarning) if model is models[1] else nullcontext(),
+        ):
+            model(hf_models.prompt()).logits.sum().backward()
+        assert not served
+        gradients.append([p.grad for n, p in model.named_parameters() if "lora_" in n])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert any(g is not None and g.any() for g in gradients[0])
