@@ -12,24 +12,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import hf_models
 import warpdecode.hf
 
 TIMEOUT_S = 150
+HAS_WAYS = "ep_size" in DistributedConfig.__dataclass_fields__  # ways of expert parallelism to choose from
 
 
 def _load(how: str, directory: Path, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed.configuration_utils import DistributedConfig
-
     world = dist.get_world_size()
     spread = {"tp_size": world}
     if how == "tensor parallel":
         spread["tp_plan"] = "auto"
-    elif "ep_size" in DistributedConfig.__dataclass_fields__:
+    elif HAS_WAYS:
         spread |= {"ep_size": world, "ep_implementation": how.removeprefix("expert parallel, ")}
-    else:  # older releases, which have one way of it
+    else:
         spread["enable_expert_parallel"] = True
     return AutoModelForCausalLM.from_pretrained(
         directory / "model",

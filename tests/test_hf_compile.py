@@ -159,6 +159,26 @@ def test_a_layer_that_can_never_be_served_says_so_when_compiled_by_name(graphs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ran_before", [False, True], ids=["cold", "ran before"])
+def test_weights_that_the_library_refuses_take_the_model_s_own_path(graphs, ran_before):
+    # float64 and a hidden size of 60: the library says so when it describes them, which tracing must not miss.
+    layer = warpdecode.hf.patch(hf_models.experts_layer("batched_mm"))
+    hidden, ids, weights = hf_models.layer_inputs()
+    compiled = torch.compile(layer, backend=graphs, fullgraph=True)
+    if ran_before:
+        compiled(hidden, ids, weights)
+    layer.double()
+    with pytest.warns(WarpDecodeFallbackWarning, match="float64"):
+        got = compiled(hidden.double(), ids, weights.double())
+    assert torch.allclose(got, layer(hidden.double(), ids, weights.double()))
+    layer.float()
+    layer.gate_up_proj.data = layer.gate_up_proj.data[..., :60].contiguous()
+    layer.down_proj.data = layer.down_proj.data[:, :60].contiguous()
+    with pytest.warns(WarpDecodeFallbackWarning, match="60"):
+        compiled(hidden[:, :60].contiguous(), ids, weights)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_the_operator_keeps_torch_s_rules(dtype, activation, device):

@@ -33,7 +33,9 @@ RECOGNISED = {
     "gelu_python": "gelu",
     "relu": "relu",
     "relu2": "relu2",
+    "quick_gelu": "silu",
 }
+PARAMETERS = {"quick_gelu": {"alpha": 1.702}}
 
 
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gated", "without a gate"])
@@ -44,8 +46,11 @@ def test_every_activation_of_transformers(name, has_gate):
     except Exception as error:  # some need a GPU or a package
         pytest.skip(f"{name}: {error}")
     gate = _gate(_default_apply_gate, activation, has_gate=has_gate)
-    assert gate.arguments == ({"activation": RECOGNISED[name]} if name in RECOGNISED else None)
-    assert (gate.reason is None) == (RECOGNISED.get(name) in ACTIVATIONS)
+    if name not in RECOGNISED:
+        assert gate.arguments is None and gate.reason
+        return
+    assert gate.arguments == {"activation": RECOGNISED[name], **PARAMETERS.get(name, {})}
+    assert (gate.reason is None) == (RECOGNISED[name] in ACTIVATIONS and gate.arguments.keys() <= EXPERTS_ARGUMENTS)
 
 
 def test_functions_and_torch_s_own_modules():
@@ -116,8 +121,9 @@ def test_a_limit_is_read_off_the_gate(limit):
 @pytest.mark.parametrize("limit", [1.5, 7.0, 12.5])
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.702])
 def test_alpha_and_limit_are_read_off_the_gate(alpha, limit):
-    assert _gate(_swiglu(alpha, limit)).arguments == {"activation": "silu", "alpha": alpha, "limit": limit}
-    assert _gate(_swiglu(alpha, math.inf)).arguments == {"activation": "silu", "alpha": alpha}
+    expected = {"activation": "silu", "up_offset": 1.0, "alpha": alpha}
+    assert _gate(_swiglu(alpha, limit)).arguments == expected | {"limit": limit}
+    assert _gate(_swiglu(alpha, math.inf)).arguments == expected
 
 
 def test_a_gate_that_is_known_but_not_served_is_named():

@@ -9,7 +9,7 @@ import torch
 
 from .call import call_against
 from .config import policies
-from .layer import SLOT, experts_of, look_at, weight_names, weights_against, weights_of
+from .layer import SLOT, experts_of, kinds_of, look_at, weight_names, weights_against, weights_of
 
 EXPORTING = "torch.export is tracing the model, and an exported program must run without warpdecode"
 
@@ -40,30 +40,33 @@ def serve(module, inputs, caller) -> torch.Tensor:
     if torch.compiler.is_exporting():
         reason = EXPORTING
     else:
-        reason, description, names = _known(module)
+        names = weight_names(module)
         weights, _ = weights_of(module, names)
-        reason = reason or weights_against(names, weights) or call_against(names, weights, inputs)
+        reason = weights_against(names, weights)
+        if reason is None:
+            reason, description = _known(module, weights)
+        reason = reason or call_against(names, weights, inputs)
     if reason is not None:
         report(caller.key(module), type(module).__name__, caller.own_name(module), reason)
         return caller.own_path(module)(module, *inputs)
     return torch.ops.warpdecode.experts.default(*inputs, weights, description)
 
 
-def _known(module) -> tuple[str | None, str, tuple[str, ...]]:
-    """(reason why the module can never be served, its description, the names of its weights)."""
+def _known(module, weights) -> tuple[str | None, str]:
+    """(reason why the module is not served with such weights, its description)."""
     layer = module.__dict__.get(SLOT)
-    if layer is None or layer.gate is None:
-        return (*_look_at(module), weight_names(module))
-    return layer.reason if layer.never else None, layer.description, layer.names
+    if layer is None or layer.gate is None or layer.kinds != kinds_of(weights):
+        return _look_at(module)
+    return layer.reason, layer.description
 
 
 # Both run while tracing and leave nothing in the graph. What they return is part of the compiled code.
 @torch.compiler.assume_constant_result
 def _look_at(module) -> tuple[str | None, str]:
-    """For a module that never ran and was not patched. It ties the compiled code to this one module, so that a compiled
-    layer would be compiled again for each of the model's: hence what is known is kept in the slot where possible."""
+    """For a module of which nothing is known, or with other weights. It ties the compiled code to this one module, so
+    that a compiled layer would be compiled again for each of the model's: hence what is known is used where it can."""
     layer, _ = look_at(module)
-    return layer.reason if layer.never else None, layer.description
+    return layer.reason, layer.description
 
 
 @torch.compiler.assume_constant_result

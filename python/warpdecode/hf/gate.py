@@ -54,7 +54,7 @@ class _Known(NamedTuple):
     """A gate of the table. `parameters` reads its parameters off a grid, None when the grid cannot be this gate's;
     `compute` gives its values, and the product whose roundings bound their error."""
 
-    arguments: dict[str, str]
+    arguments: dict[str, str | float]
     formula: str
     compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     parameters: Callable[[_Grid], dict[str, float] | None] = lambda grid: {}
@@ -76,6 +76,10 @@ def _plain(activation: Callable) -> Callable:
     return lambda g, u: (activation(g) * u, g * u)
 
 
+def _swish(g, u, alpha):
+    return g * torch.sigmoid(alpha * g) * u, g * u
+
+
 def _clamped_silu(g, u, limit):
     g, u = g.clamp(max=limit), u.clamp(-limit, limit)
     return _silu(g) * u, g * u
@@ -92,12 +96,23 @@ def _limit_of_up(grid: _Grid) -> dict[str, float] | None:
     return {"limit": _rounded(most / one)} if 0 < one < most else None
 
 
+def _alpha(grid: _Grid) -> dict[str, float] | None:
+    return _alpha_of(grid.at(1.0, 1.0))
+
+
+def _alpha_of(swish_of_one: float) -> dict[str, float] | None:
+    # swish(1) = sigmoid(alpha)
+    if not 0 < swish_of_one < 1:
+        return None
+    return {"alpha": _rounded(math.log(swish_of_one / (1 - swish_of_one)))}
+
+
 def _alpha_and_limit(grid: _Grid) -> dict[str, float] | None:
     # An up of 0 leaves gate * sigmoid(alpha * gate).
     middle, most = grid.at(1.0, 0.0), grid.at(1.0, 1e5)
-    if not 0 < middle < 1 or not middle < most:
+    found = _alpha_of(middle)
+    if found is None or not middle < most:
         return None
-    found = {"alpha": _rounded(math.log(middle / (1 - middle)))}
     limit = _rounded(most / middle - 1)
     return found if limit >= 1e5 else found | {"limit": limit}
 
@@ -109,6 +124,7 @@ def _rounded(value: float) -> float:
 
 GATES = (
     _Known({"activation": "silu"}, "silu(gate) * up", _plain(_silu)),
+    _Known({"activation": "silu"}, "gate * sigmoid(alpha * gate) * up", _swish, _alpha),
     _Known({"activation": "gelu_tanh"}, "gelu_tanh(gate) * up", _plain(_gelu_tanh)),
     _Known({"activation": "gelu"}, "gelu(gate) * up, by erf", _plain(_gelu)),
     _Known({"activation": "relu"}, "relu(gate) * up", _plain(torch.relu)),
@@ -124,7 +140,7 @@ GATES = (
         _limit_of_up,
     ),
     _Known(
-        {"activation": "silu"},
+        {"activation": "silu", "up_offset": 1.0},
         "(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(gate, limit)",
         _clamped_swiglu,
         _alpha_and_limit,

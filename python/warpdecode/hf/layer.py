@@ -151,12 +151,13 @@ class Layer:
     would not change that. `names` are those of its weights, which are given as they are now; `description` is what is
     known without them: the arguments of `warpdecode.Experts`, as JSON, because compiled code can hold strings."""
 
-    __slots__ = ("__weakref__", "act_module", "description", "experts", "gate", "names", "never", "reason")
+    __slots__ = ("__weakref__", "act_module", "description", "experts", "gate", "kinds", "names", "never", "reason")
 
     def __init__(self, module, weights, previous: "Layer | None" = None):
         self.experts = None
         self.gate: Gate | None = None
         self.description = ""
+        self.kinds = kinds_of(weights)
         self.names = weight_names(module)
         self.act_module = module._modules.get("act_fn")
         self.reason = built_against(module)
@@ -191,7 +192,7 @@ class Layer:
         kept = object.__new__(Layer)
         kept.act_module, kept.gate, kept.description = self.act_module, self.gate, self.description
         kept.names, kept.never = self.names, self.never
-        kept.experts = kept.reason = None
+        kept.kinds, kept.reason, kept.experts = self.kinds, self.reason, None
         return kept
 
     def still_describes(self, module, weights) -> bool:
@@ -202,16 +203,22 @@ class Layer:
         for weight in weights:
             if type(weight) not in PLAIN:
                 return False
-        return self.experts.matches(*weights)
+        return self.experts.matches(*weights[:2], **_biases_among(weights))
 
 
 def experts_of(weights, description: str) -> Experts:
     """What to call for these weights: a layer's that some module keeps, or one described for this call alone. Keeping
     it here would keep the weights' memory, too."""
+    biases = _biases_among(weights)
     layer = _by_address.get(_addresses(weights))
-    if layer is not None and layer.description == description and layer.experts.matches(*weights):
+    if layer is not None and layer.description == description and layer.experts.matches(*weights[:2], **biases):
         return layer.experts
-    return Experts(*weights[:2], **_arguments(description), **_biases_among(weights))
+    return Experts(*weights[:2], **_arguments(description), **biases)
+
+
+def kinds_of(weights) -> tuple:
+    """What of the weights decides whether the library takes them: traced by torch.compile, so of constants alone."""
+    return tuple([None if w is None else (w.dtype, w.device.type, tuple(w.shape)) for w in weights])
 
 
 def _addresses(weights) -> tuple[int, ...]:
