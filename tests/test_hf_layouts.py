@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 import hf_models
 import warpdecode.hf
@@ -39,14 +39,8 @@ def test_another_layout(flag, value, argument, pattern):
 
 
 def test_a_whole_model_of_another_gate():
-    fields = {
-        "num_hidden_layers": 2,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "hidden_size": 32,
-        "moe_intermediate_size": 32,
-    }
-    config = Qwen3MoeConfig(**fields, num_attention_heads=2, num_key_value_heads=2, vocab_size=50, hidden_act="tanh")
+    config = hf_models.FAMILIES["qwen3_moe"]()[1]
+    config.hidden_act = "tanh"
     model = Qwen3MoeForCausalLM(config)
     _raises_when_patched(model, "none of the 2 .*Qwen3MoeExperts: its gate computes none of")
     warpdecode.hf.register()
