@@ -42,12 +42,12 @@ template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t bl
   return launch(Constant<2>()); // 16 slots where a block has 99 KB
 }
 
-// Whether transposed weights are read 64 rows a warp rather than 32, in lines of 128 bytes: where there are then two
-// warps an SM still. rows: of all routes.
+// Whether transposed weights are read 64 rows a warp rather than 32, in lines of 128 bytes: where there are then
+// three warps an SM still. rows: of all routes.
 inline wd_status long_lines(bool *serves, int64_t rows) {
   int sms;
   WD_TRY(multiprocessors(&sms));
-  *serves = rows / 64 >= 2 * sms;
+  *serves = rows / 64 >= 3 * sms;
   return WD_OK;
 }
 

@@ -72,8 +72,8 @@ template <class T, int TILES> struct TransposedRows {
     const T *p = source + step * kStep * k_stride;
 #pragma unroll
     for (int i = 0; i < kStep / kLines; i++)
-      copy_ahead(slot + i * kLines * kLineBytes + (arrival ^ place(0, i * kLines)), p + i * kLines * k_stride,
-                 step * kStep + i * kLines < length);
+      copy_of_line(slot + i * kLines * kLineBytes + (arrival ^ place(0, i * kLines)), p + i * kLines * k_stride,
+                   step * kStep + i * kLines < length);
   }
   __device__ __forceinline__ void read(Operand (&a)[TILES], int chunk, uint32_t slot) const {
 #pragma unroll

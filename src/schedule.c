@@ -46,13 +46,14 @@ static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *
 }
 
 /* By the routes that an expert has when they are drawn evenly. Up to a quarter: direct, which reads an expert once per
- * route, at most 13% more than once each, most of it from L2, and has nothing to look up and no second launch. From
- * eight on: tiled, which prepares lists first. Between them, and where tiled does not serve: grouped. */
+ * route, at most 13% more than once each, most of it from L2, and has nothing to look up and no second launch
+ * (transposed weights, whose direct kernels are no match for grouped ones: up to an eighth). From eight on: tiled,
+ * which prepares lists first. Between them, and where tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   const int64_t routes = shape->tokens * shape->top_k, experts = shape->experts;
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
-    return shape->tokens == 1 || 4 * routes <= experts;
+    return shape->tokens == 1 || (shape->transposed ? 8 : 4) * routes <= experts;
   case WD_CUDA_TILED:
     return routes >= 8 * experts;
   default:

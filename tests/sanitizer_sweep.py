@@ -9,6 +9,7 @@ import torch
 
 import warpdecode
 from cases import make_layer, make_tokens
+from layouts import GATES, LAYOUTS, describe, draw_parts, draw_tokens
 
 CASES = (  # E, K, H, I, T: decode, odd sizes, lists sorted in memory, more than one column tile
     (8, 4, 64, 32, 1),
@@ -39,7 +40,24 @@ def main():
                 outputs.append(warpdecode.moe_down_3d_batched(described, middle, call[1], call[2]).cpu())
             assert all(torch.equal(outputs[0], other) for other in outputs[1:])
             runs += len(outputs)
+    for layout in LAYOUTS:
+        runs += sweep_layout(layout, kernels)
     print(f"{runs} calls over {', '.join(kernels)}: equal bits")
+
+
+def sweep_layout(layout, kernels):
+    """Calls in one layout, with biases and gpt-oss' gate, on the kernels that serve it; their number."""
+    runs = 0
+    parts = draw_parts(5, 136, 72, torch.bfloat16, bias_dtype=torch.float32).to("cuda")
+    for tokens in (1, 4, 45):
+        call = [tensor.cuda() for tensor in draw_tokens(parts, tokens, 3)]
+        expected = describe(parts, **GATES["gpt_oss"])(*call)
+        for kernel in kernels:
+            if kernel == "cuda_tiled" and ("pointers" in layout or "transposed" in layout):
+                continue
+            assert torch.equal(describe(parts, layout, kernel, **GATES["gpt_oss"])(*call), expected), (layout, kernel)
+            runs += 1
+    return runs
 
 
 if __name__ == "__main__":
