@@ -45,17 +45,23 @@ static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *
   return 1;
 }
 
-/* By the routes that an expert has when they are drawn evenly. Up to a quarter: direct, which reads an expert once per
- * route, at most 13% more than once each, most of it from L2, and has nothing to look up and no second launch
- * (transposed weights, whose direct kernels are no match for grouped ones: up to an eighth). From eight on: tiled,
- * which prepares lists first. Between them, and where tiled does not serve: grouped. */
+/* Bytes of weights that a call reads more than once when it reads an expert once a route, ids drawn evenly: of the
+ * T (T - 1) / 2 pairs of tokens each shares K^2 / E experts. */
+static double bytes_read_again(const wd_moe_shape *s) {
+  const double pairs = (double)s->tokens * (double)(s->tokens - 1) / 2,
+               shared = (double)s->top_k * s->top_k / s->experts;
+  return pairs * shared * 3 * s->hidden * s->intermediate * 2;
+}
+
+/* Direct has nothing to look up and no second launch, 4 us on an H200, and reads an expert once a route: it is chosen
+ * where what it reads again takes no longer than that. From eight routes an expert on: tiled, which prepares lists
+ * first. Between them, and where tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
-  const int64_t routes = shape->tokens * shape->top_k, experts = shape->experts;
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
-    return shape->tokens == 1 || (shape->transposed ? 8 : 4) * routes <= experts;
+    return bytes_read_again(shape) <= (1 << 24);
   case WD_CUDA_TILED:
-    return routes >= 8 * experts;
+    return shape->tokens * shape->top_k >= 8 * (int64_t)shape->experts;
   default:
     return 1;
   }
