@@ -37,7 +37,9 @@ torch.library.register_fake("warpdecode::experts", _run_fake, lib=_library)
 
 def serve(module, inputs, caller) -> torch.Tensor:
     """What `forward.serve` does, in steps that torch.compile can trace."""
-    if torch.compiler.is_exporting():
+    # Not is_exporting(): torch.compile of torch 2.11 and before takes it for True in every compilation. The flag behind
+    # it is what torch.export sets.
+    if torch.compiler._is_exporting_flag:
         reason = EXPORTING
     else:
         names = weight_names(module)
