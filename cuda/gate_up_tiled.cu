@@ -11,6 +11,7 @@ template <class T> struct GateUp {
   static constexpr int kParts = 1;
   const wd_gate_up_args &args;
   bool for_down; // the intermediate becomes down's columns
+  bool plain;    // is_plain(): worth a path of its own, since no product runs while values are made of sums
 
   __device__ __forceinline__ int length() const {
     return args.shape.hidden;
@@ -27,7 +28,7 @@ template <class T> struct GateUp {
     return high * kBoxRows + neuron(warp, g) + half;
   }
   // SIDE 0: the neurons of the first box, with their ups; SIDE 1: those of the second, where there are no ups.
-  template <int SIDE, int TILES>
+  template <bool PLAIN, int SIDE, int TILES>
   __device__ __forceinline__ void store(const float (&c)[2][TILES][4], const Item &item, int row, int first,
                                         const int32_t *routes) const {
     const wd_moe_shape &s = args.shape;
@@ -37,8 +38,8 @@ template <class T> struct GateUp {
     float bias[2][2]; // [half], of gate and up
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      bias[half][0] = exists ? bias_at(args.gate_bias, item.expert, row + half) : -0.0f;
-      bias[half][1] = exists && args.gating.has_up ? bias_at(args.up_bias, item.expert, row + half) : -0.0f;
+      bias[half][0] = !PLAIN && exists ? bias_at(args.gate_bias, item.expert, row + half) : -0.0f;
+      bias[half][1] = !PLAIN && exists && args.gating.has_up ? bias_at(args.up_bias, item.expert, row + half) : -0.0f;
     }
     const int64_t part = for_down ? group_bytes(s.intermediate) : (int64_t)s.intermediate * 2; // bytes
     uint8_t *out = (uint8_t *)args.intermediate;
@@ -50,7 +51,14 @@ template <class T> struct GateUp {
         const int column = 8 * tile + first + j;
         if (column >= columns) continue;
         Pair<T> high, low; // zeros behind the last neuron and the last route: they fill a chunk and a group
-        if (exists && column < item.count) {
+        if (PLAIN) {       // what is not one of the routes is a sum of zeros, and becomes one
+          if (exists)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+              split_intermediate<T>(plain_gated(c[half][tile][j], c[half][tile][2 + j],
+                                                args.gating.activation == WD_ACTIVATION_GELU_TANH),
+                                    &high.value[half], &low.value[half]);
+        } else if (exists && column < item.count) {
           const float weight = weight_at(args.topk_weights, args.topk_weights_dtype, routes[column]);
 #pragma unroll
           for (int half = 0; half < 2; half++)
@@ -67,8 +75,9 @@ template <class T> struct GateUp {
   __device__ __forceinline__ void finish(const float (&c)[2][TILES][4], const Item &item, int unit, int warp, int lane,
                                          const int32_t *routes) const {
     const int row = box(unit, 0) + neuron(warp, lane / 4), first = lane % 4 * 2; // of the lane's columns
-    store<0>(c, item, row, first, routes);
-    if (!args.gating.has_up) store<1>(c, item, row + kBoxRows, first, routes);
+    if (plain) return store<true, 0>(c, item, row, first, routes);
+    store<false, 0>(c, item, row, first, routes);
+    if (!args.gating.has_up) store<false, 1>(c, item, row + kBoxRows, first, routes);
   }
 };
 
@@ -76,9 +85,9 @@ template <class T, class Sizes>
 __global__ void __launch_bounds__(kTiledThreads, 1)
     gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan,
                          const __grid_constant__ RowMaps rows, const __grid_constant__ CUtensorMap columns,
-                         bool for_down) {
+                         bool for_down, bool plain) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  tiled<T, Sizes>(GateUp<T>{args, for_down}, args.shape, plan, rows, columns);
+  tiled<T, Sizes>(GateUp<T>{args, for_down, plain}, args.shape, plan, rows, columns);
 #endif
 }
 
@@ -103,7 +112,7 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   WD_TRY(tiled_grid(&grid, s, plan.units, Sizes::kColumns));
   return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(kTiledThreads),
                                                        sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
-                                                       column_map, down_follows);
+                                                       column_map, down_follows, is_plain(args));
 }
 
 template <class T>

@@ -41,6 +41,20 @@ __device__ __forceinline__ float gelu(float g) {
   return g < 0.0f ? __fmul_rn(g < -15.0f ? -15.0f : g, tail) : __fmul_rn(g, __fadd_rn(1.0f, -tail));
 }
 
+// Whether a gate is only ever silu or gelu_tanh and multiplies an up: then plain_gated() has the same bits as gated()
+// of finished sums.
+inline bool is_plain(const wd_gate_up_args &args) {
+  const wd_gating &g = args.gating;
+  return g.has_up && g.activation <= WD_ACTIVATION_GELU_TANH && g.alpha == 1.0f && g.limit_before == INFINITY &&
+         g.limit_after == INFINITY && g.up_limit == INFINITY && g.up_offset == 0.0f &&
+         !wd_bias_given(&args.gate_bias) && !wd_bias_given(&args.up_bias) && args.topk_weights == nullptr;
+}
+__device__ __forceinline__ float plain_gated(float gate, float up, bool is_gelu_tanh) {
+  asm("max.NaN.f32 %0, %0, 0fFF7FFFFF;" : "+f"(gate)); // as in activate()
+  const float t = is_gelu_tanh ? __fmaf_rn(__fmul_rn(gate, gate), -0.10294324f, -2.3022082f) : -1.44269504f;
+  return __fmul_rn(over_one_plus_power(gate, __fmul_rn(gate, t)), up);
+}
+
 // silu(g) = g / (1 + exp(-alpha g));  gelu_tanh(g) = g / (1 + exp(-2 sqrt(2/pi) (g + 0.044715 g^3)))
 __device__ __forceinline__ float activate(float g, const wd_gating &gating) {
   if (gating.activation == WD_ACTIVATION_RELU) return g < 0.0f ? 0.0f : g; // a NaN stays one

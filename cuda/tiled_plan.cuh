@@ -13,7 +13,7 @@ constexpr int kUnits = 2; // of a block: a warpgroup multiplies one
 constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
 // One more warpgroup, of which one thread has everything brought: registers change hands between warpgroups.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
-constexpr int kMultiplyingRegisters = 232, kBringingRegisters = 40;
+constexpr int kMultiplyingRegisters = 224, kBringingRegisters = 56;
 static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kTiledThreads / 8 * 8), "of a block");
 constexpr int kUnitBytes = kUnitRows * kStepBytes;        // of a step of a unit's rows
 constexpr int kGroupStepBytes = kStep / 8 * kMatrixBytes; // of a step of a group of columns
