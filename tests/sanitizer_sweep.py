@@ -34,7 +34,7 @@ def main():
             for name in kernels:
                 described = warpdecode.Experts(layer.gate_up, layer.down, kernel=name)
                 outputs.append(described(*call).cpu())
-                # and the two kernels on their own: the tiled schedule then arranges what down reads
+                # and the two kernels on their own: the tiled schedule then gathers what down reads
                 middle = torch.zeros_like(warpdecode.moe_gate_up_3d_batched(described, call[0], call[1]))
                 warpdecode.moe_gate_up_3d_batched(described, call[0], call[1], out=middle)
                 outputs.append(warpdecode.moe_down_3d_batched(described, middle, call[1], call[2]).cpu())
