@@ -86,8 +86,8 @@ typedef enum wd_transposed {
  * dtype of all weights, of hidden_states and of output: bfloat16 or float16, on the CPU also float32. Biases: the same
  * dtype or float32. H and I are multiples of 8. All of it is borrowed for the duration of a call and never written.
  *
- * The layout does not touch the bits: the same numbers, stored in another layout, give the same output. On CUDA the
- * standard layout alone is served so far; anything else is refused with WD_UNSUPPORTED.
+ * The layout does not touch the bits: the same numbers, stored in another layout, give the same output. It may touch
+ * the speed: on CUDA the schedule for many tokens needs rows in one piece, so neither transposed weights nor tables.
  *
  * Pointers. Experts whose matrices were allocated one by one need no copy: where `gate_up_pointers` is given, it is a
  * table of E addresses (int64 or uint64, in the memory of the weights' device), of the first element of each expert's
