@@ -61,7 +61,9 @@ def test_layers_outside_the_interface_and_other_layouts_are_listed():
     assert (by_name["a"].E, by_name["a"].H, by_name["a"].I, by_name["a"].path) == (4, 32, 48, "eager")
     assert ("transposed" in by_name["a"].reason) == ("is_transposed" not in EXPERTS_ARGUMENTS)
     assert by_name["b.experts"].path == by_name["c.experts"].path == "its own forward"
-    assert "experts interface" in by_name["b.experts"].reason and by_name["b.experts"].E is None
+    assert (by_name["b.experts"].E, by_name["b.experts"].H, by_name["b.experts"].I) == (4, 32, 48)
+    assert "zeros on a probe" in by_name["b.experts"].reason and by_name["c.experts"].E is None
+    assert "three Linears" in by_name["c.experts"].reason
 
 
 def test_weights_on_the_meta_device_are_described():

@@ -8,6 +8,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
+from warpdecode.hf.forms import INTERFACE
 from warpdecode.hf.gate import EXPERTS_ARGUMENTS, probe_gate
 from warpdecode.ops import ACTIVATIONS
 
@@ -18,7 +19,7 @@ def _gate(function, act_fn=None, **attributes):
     holder._apply_gate = lambda gate_up: function(holder, gate_up)
     for name, value in attributes.items():
         setattr(holder, name, value)
-    return probe_gate(holder, torch.device("cpu"))
+    return probe_gate(INTERFACE.gate(holder), torch.device("cpu"))
 
 
 RECOGNISED = {

@@ -37,17 +37,9 @@ def call_against(names, parameters, inputs) -> str | None:
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad or weights.requires_grad or _any_requires_grad(parameters)
     ):
-        named = zip((*names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights), strict=True)
-        first = next(name for name, tensor in named if tensor.requires_grad)
-        return (
-            f"gradients are needed (grad mode is on and {first} requires grad) and the kernels have no backward; use "
-            "torch.no_grad() or model.requires_grad_(False) where none are"
-        )
+        return _gradients((*names, "hidden_states", "top_k_weights"), (*parameters, hidden_states, weights))
     if hidden_states.dtype is not first.dtype or hidden_states.device != first.device:
-        return (
-            f"hidden_states is {hidden_states.dtype} on {hidden_states.device} and the weights {first.dtype} on "
-            f"{first.device}; they must be the same"
-        )
+        return _unlike(hidden_states, first)
     if ids.dtype not in _ID_DTYPES or weights.dtype not in _WEIGHT_DTYPES:
         return (
             f"top_k_index is {ids.dtype} and top_k_weights {weights.dtype}, not int32 or int64 and float32, bfloat16 "
@@ -57,6 +49,38 @@ def call_against(names, parameters, inputs) -> str | None:
         return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
     device_type = first.device.type
     return _autocast_against(first.dtype, device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def block_call_against(block, names, parameters, hidden_states) -> str | None:
+    """The same of a block that makes its ids and routing weights itself, asked before it does: its other parameters,
+    the router's among them, stand for the routing weights."""
+    first = parameters[0]
+    if type(hidden_states) not in PLAIN:
+        return f"the call brings tensors of class {type(hidden_states).__name__}, not plain torch.Tensor"
+    if torch.is_grad_enabled():
+        others = dict(block.named_parameters())
+        named = (*names, "hidden_states", *others), (*parameters, hidden_states, *others.values())
+        if _any_requires_grad(named[1]):
+            return _gradients(*named)
+    if hidden_states.dtype is not first.dtype or hidden_states.device != first.device:
+        return _unlike(hidden_states, first)
+    device_type = first.device.type
+    return _autocast_against(first.dtype, device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _gradients(names, tensors) -> str:
+    first = next(name for name, tensor in zip(names, tensors, strict=True) if tensor.requires_grad)
+    return (
+        f"gradients are needed (grad mode is on and {first} requires grad) and the kernels have no backward; use "
+        "torch.no_grad() or model.requires_grad_(False) where none are"
+    )
+
+
+def _unlike(hidden_states, first) -> str:
+    return (
+        f"hidden_states is {hidden_states.dtype} on {hidden_states.device} and the weights {first.dtype} on "
+        f"{first.device}; they must be the same"
+    )
 
 
 def _any_requires_grad(parameters) -> bool:

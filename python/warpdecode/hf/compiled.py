@@ -7,9 +7,10 @@ Outside of compilation a layer is called directly: the dispatcher would cost mor
 
 import torch
 
-from .call import call_against
+from .call import block_call_against, call_against
 from .config import policies
-from .layer import SLOT, experts_of, kinds_of, look_at, weight_names, weights_against, weights_of
+from .forms import FORM, INTERFACE
+from .layer import SLOT, experts_of, kinds_of, look_at, weights_against
 
 EXPORTING = "torch.export is tracing the model, and an exported program must run without warpdecode"
 
@@ -37,21 +38,32 @@ torch.library.register_fake("warpdecode::experts", _run_fake, lib=_library)
 
 def serve(module, inputs, caller) -> torch.Tensor:
     """What `forward.serve` does, in steps that torch.compile can trace."""
-    # Not is_exporting(): torch.compile of torch 2.11 and before takes it for True in every compilation. The flag behind
-    # it is what torch.export sets.
-    if torch.compiler._is_exporting_flag:
-        reason = EXPORTING
-    else:
-        names = weight_names(module)
-        weights, _ = weights_of(module, names)
-        reason = weights_against(names, weights)
-        if reason is None:
-            reason, description = _known(module, weights)
-        reason = reason or call_against(names, weights, inputs)
+    reason, run = prepared(module, inputs)
     if reason is not None:
         report(caller.key(module), type(module).__name__, caller.own_name(module), reason)
         return caller.own_path(module)(module, *inputs)
-    return torch.ops.warpdecode.experts.default(*inputs, weights, description)
+    return run(*inputs)
+
+
+def prepared(module, inputs):
+    """What `forward.prepared` does, likewise."""
+    # Not is_exporting(): torch.compile of torch 2.11 and before takes it for True in every compilation. The flag behind
+    # it is what torch.export sets.
+    if torch.compiler._is_exporting_flag:
+        return EXPORTING, None
+    form = getattr(type(module), FORM, INTERFACE)
+    names = form.names(module)
+    weights, _ = form.weights(module, names)
+    reason = weights_against(names, weights)
+    if reason is None:
+        reason, description = _known(module, weights)
+    if reason is None and len(inputs) == 1:
+        reason = block_call_against(module, names, weights, *inputs)
+    elif reason is None:
+        reason = call_against(names, weights, inputs)
+    if reason is not None:
+        return reason, None
+    return None, lambda *call: torch.ops.warpdecode.experts.default(*call, weights, description)
 
 
 def _known(module, weights) -> tuple[str | None, str]:

@@ -8,8 +8,11 @@ import torch
 
 from . import decode
 from .config import NAME, PatchedConfig, asked_for
+from .forms import is_dispatched
 from .forward import own_path_name
-from .layer import Layer, built_against, is_dispatched, weights_between_calls
+from .found import form_of, is_block
+from .layer import look_at, weights_between_calls
+from .replaced import forward_against, is_replaced
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,19 @@ def explain(model: torch.nn.Module) -> Explanation:
 
 
 def moe_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of everything in `model` that looks like a Mixture-of-Experts layer's experts, served or not."""
+    """(name, module) of everything in `model` that looks like a Mixture-of-Experts layer's experts, served or not. A
+    block that is patched as a whole stands for its `experts`, under their name."""
+    within = set()
     for name, module in model.named_modules():
+        if module in within:
+            continue
         if is_dispatched(module):
             yield name, module
+        elif is_block(module):
+            within.add(module.experts)
+            yield f"{name}.experts".lstrip("."), module
         elif type(module).__name__.endswith("Experts") and next(module.parameters(), None) is not None:
-            yield name, module  # a class outside the experts interface: Llama 4, DBRX, LongCat
-        elif isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] == "experts" and len(module) > 1:
-            yield name, module  # one module per expert, as remote code and transformers 4 have them
+            yield name, module  # a class outside the experts interface: DBRX, LongCat
 
 
 def _row(name: str, module: torch.nn.Module) -> LayerRow:
@@ -89,7 +97,7 @@ def _row(name: str, module: torch.nn.Module) -> LayerRow:
     return LayerRow(
         name=name or "(the module itself)",
         module_class=type(module).__name__,
-        **_sizes(module, weights[1]),
+        **form_of(module).sizes(module, weights),
         dtype="?" if some is None else str(some.dtype).removeprefix("torch."),
         device="?" if some is None else str(some.device),
         path=path,
@@ -99,10 +107,14 @@ def _row(name: str, module: torch.nn.Module) -> LayerRow:
 
 def _verdict(module, weights) -> tuple[str, str]:
     own = own_path_name(module)
-    against = built_against(module) or Layer(module, weights).reason
+    against = forward_against(module) or look_at(module)[0].reason
     if against is not None:
         return own, against
-    if asked_for(module):
+    if is_replaced(module):
+        how = "patched"
+    elif not is_dispatched(module):
+        return own, "it is not patched; the kernels can serve it"
+    elif asked_for(module):
         how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
     elif decode.is_on() is None:
         return own, "it is not patched; the kernels can serve it"
@@ -113,13 +125,6 @@ def _verdict(module, weights) -> tuple[str, str]:
     if any(weight.requires_grad for weight in weights):
         how += f"; calls with grad mode on take {own}, because the weights require grad"
     return NAME, how
-
-
-def _sizes(module, down) -> dict[str, int | None]:
-    if not is_dispatched(module) or down is None or down.dim() != 3:
-        return {"E": None, "H": None, "I": None}
-    e, h, i = down.shape
-    return {"E": e, "H": i, "I": h} if module.is_transposed else {"E": e, "H": h, "I": i}
 
 
 def _fold(names: list[str]) -> str:

@@ -6,9 +6,10 @@ from typing import Protocol
 import torch
 
 from . import compiled
-from .call import call_against, watched
+from .call import block_call_against, call_against, watched
 from .config import NAME, Policy, own_implementation, policy_key, policy_of
-from .layer import built_against, is_dispatched, layer_of
+from .forms import INTERFACE, is_dispatched
+from .layer import Layer, layer_of
 from .registries import ALL_FP8_EXPERTS_FUNCTIONS, FORWARD, FP8_FORWARD, NAMES_ARE_OPEN, VERSION, implementation
 
 
@@ -90,24 +91,42 @@ def serve(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], caller: Cal
     """One call of a module's experts on (hidden states, ids, weights)."""
     if torch.compiler.is_compiling():
         return compiled.serve(module, inputs, caller)
+    reason, layer = _ready(module, inputs)
+    if reason is not None:
+        caller.policy(module).report(type(module).__name__, caller.own_name(module), reason)
+        return caller.own_path(module)(module, *inputs)
+    return _run(layer, inputs)
+
+
+def prepared(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[str | None, Callable | None]:
+    """(the reason why the kernels cannot serve this call, what to call with hidden states, ids and weights otherwise),
+    for a module that is asked about before its own path is chosen. `inputs` are these three; the hidden states alone
+    when a block makes the others itself."""
+    if torch.compiler.is_compiling():
+        return compiled.prepared(module, inputs)
+    reason, layer = _ready(module, inputs)
+    return reason, None if reason is not None else lambda *call: _run(layer, call)
+
+
+def _ready(module, inputs) -> tuple[str | None, Layer | None]:
     reason = watched()
     if reason is not None:
-        return _hand_over(module, inputs, caller, reason)
+        return reason, None
     layer, weights = layer_of(module)
-    reason = layer.reason or call_against(layer.names, weights, inputs)
-    if reason is not None:
-        return _hand_over(module, inputs, caller, reason)
+    if layer.reason is not None:
+        return layer.reason, layer
+    if len(inputs) == 1:
+        return block_call_against(module, layer.names, weights, *inputs), layer
+    return call_against(layer.names, weights, inputs), layer
+
+
+def _run(layer: Layer, inputs) -> torch.Tensor:
     try:
         return layer.experts(*inputs)
     except ValueError:
         # Strided or misaligned views are refused before anything is launched. They are too rare to be looked for on
         # every call; a mistake that is none of the layout is refused again, with its own sentence.
         return layer.experts(*(t.clone(memory_format=torch.contiguous_format) for t in inputs))
-
-
-def _hand_over(module, inputs, caller: Caller, reason: str) -> torch.Tensor:
-    caller.policy(module).report(type(module).__name__, caller.own_name(module), reason)
-    return caller.own_path(module)(module, *inputs)
 
 
 def fp8_experts_forward(self: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
@@ -119,9 +138,9 @@ def fp8_experts_forward(self: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
 def report_fp8(module: torch.nn.Module, caller: Caller, own_name: str) -> None:
     """Says that the module's FP8 experts are not served."""
     if torch.compiler.is_compiling():
-        compiled.report(caller.key(module), type(module).__name__, own_name, built_against(module))
+        compiled.report(caller.key(module), type(module).__name__, own_name, INTERFACE.against(module))
     else:
-        caller.policy(module).report(type(module).__name__, own_name, built_against(module))
+        caller.policy(module).report(type(module).__name__, own_name, INTERFACE.against(module))
 
 
 def own_path_name(module: torch.nn.Module) -> str:

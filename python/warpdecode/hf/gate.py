@@ -85,6 +85,10 @@ def _clamped_silu(g, u, limit):
     return _silu(g) * u, g * u
 
 
+def _silu_clamped(g, u, limit):
+    return _silu(g).clamp(max=limit) * u.clamp(-limit, limit), g * u
+
+
 def _clamped_swiglu(g, u, alpha, limit=math.inf):
     g, u = g.clamp(max=limit), u.clamp(-limit, limit)
     return (u + 1) * g * torch.sigmoid(alpha * g), g * (u.abs() + 1)
@@ -140,6 +144,12 @@ GATES = (
         _limit_of_up,
     ),
     _Known(
+        {"activation": "silu", "clamp_after_activation": True},
+        "min(silu(gate), limit) * clamp(up, -limit, limit)",
+        _silu_clamped,
+        _limit_of_up,
+    ),
+    _Known(
         {"activation": "silu", "up_offset": 1.0},
         "(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(gate, limit)",
         _clamped_swiglu,
@@ -148,17 +158,17 @@ GATES = (
 )
 
 
-def probe_gate(module: torch.nn.Module, device: torch.device) -> Gate:
-    """Runs the module's gate on a grid and looks it up in the table. `device` is the weights' device, used only when
-    the gate does not run on the CPU (an activation that is a CUDA kernel, or has parameters)."""
+def probe_gate(compute: Callable, device: torch.device) -> Gate:
+    """Runs a gate, (gates, ups) -> values, on a grid and looks it up in the table. `device` is the weights' device,
+    used only when the gate does not run on the CPU (an activation that is a CUDA kernel, or has parameters)."""
     gates = torch.tensor(_GATES, dtype=torch.float32, device="cpu")
     ups = torch.tensor(_UPS, dtype=torch.float32, device="cpu")
     g, u = gates.expand(len(_UPS), -1), ups[:, None].expand(-1, len(_GATES))
     try:
-        got = _run(module, g, u)
+        got = _run(compute, g, u)
     except Exception as cpu_error:  # whatever a foreign gate raises: it cannot be recognised
         try:
-            got = _run(module, g.to(device), u.to(device)).cpu()
+            got = _run(compute, g.to(device), u.to(device)).cpu()
         except Exception:
             return Gate(None, f"its gate could not be probed ({type(cpu_error).__name__}: {cpu_error})")
     if got.shape != g.shape:
@@ -166,13 +176,9 @@ def probe_gate(module: torch.nn.Module, device: torch.device) -> Gate:
     return _look_up(g.double(), u.double(), got.double())
 
 
-def _run(module: torch.nn.Module, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def _run(compute: Callable, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), torch.autocast(device_type=g.device.type, enabled=False):
-        if not getattr(module, "has_gate", True):
-            return module.act_fn(g).detach() * u  # no up: the activation alone, looked up as if there were one
-        if getattr(module, "is_concatenated", True):
-            return module._apply_gate(torch.cat([g, u], dim=-1)).detach()
-        return module._apply_gate(torch.stack([g, u], dim=-1).flatten(-2)).detach()
+        return compute(g, u).detach()
 
 
 def _look_up(g: torch.Tensor, u: torch.Tensor, got: torch.Tensor) -> Gate:

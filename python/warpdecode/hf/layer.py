@@ -6,111 +6,29 @@ single call brings is `call.py`'s.
 
 import functools
 import json
+import operator
 import weakref
 
 import torch
 
 from .. import Experts, cuda_usable
 from .call import PLAIN
-from .gate import EXPERTS_ARGUMENTS, Gate, probe_gate
-from .registries import FP8Experts
+from .forms import Form, Part, bound
+from .found import form_of
+from .gate import Gate, probe_gate
 
 SLOT = "_warpdecode_layer"  # in module.__dict__: neither parameter, buffer, nor in the state dict
 
 # Layers by their weights' addresses, for compiled code, which has the weights but no module.
 _by_address: "weakref.WeakValueDictionary[tuple[int, ...], Layer]" = weakref.WeakValueDictionary()
 
-# The attributes in which transformers' decorator says how a class stores its weights: the standard value, the argument
-# of `warpdecode.Experts` that says the other one, and what that means. Older releases lack the last.
-_LAYOUT = (
-    ("has_gate", True, {"has_gate": False}, "it has no gate projection (has_gate=False)"),
-    (
-        "is_transposed",
-        False,
-        {"is_transposed": True},
-        "its weights are stored transposed, (E, H, 2I) and (E, I, H) (is_transposed=True)",
-    ),
-    (
-        "is_concatenated",
-        True,
-        {"is_interleaved": True},
-        "its gate and up rows are interleaved (is_concatenated=False)",
-    ),
-    # The values of these two are weights, and come with them.
-    ("has_bias", False, {"gate_up_bias": None, "down_bias": None}, "its projections have biases (has_bias=True)"),
-    ("has_post_expert_norm", False, None, "it normalises each expert's output (has_post_expert_norm=True)"),
-)
-
-
-def is_dispatched(module: torch.nn.Module) -> bool:
-    """Whether transformers looks this module's implementation up in its experts interface on every call."""
-    state = module.__dict__
-    return "config" in state and "is_transposed" in state and hasattr(type(module).forward, "__wrapped__")
-
-
-def built_against(module: torch.nn.Module) -> str | None:
-    """The reason why the kernels can never serve this module, whatever its weights; None when they may."""
-    if not is_dispatched(module):
-        return "its class does not use transformers' experts interface (@use_experts_implementation)"
-    if is_fp8(module):
-        return "its weights are block-scaled FP8 (or FP4), and there is no kernel for them"
-    for attribute, standard, arguments, meaning in _LAYOUT:
-        known = arguments is not None and arguments.keys() <= EXPERTS_ARGUMENTS
-        if not known and getattr(module, attribute, standard) != standard:
-            return meaning
-    return None
-
-
-def _layout_arguments(module: torch.nn.Module) -> dict:
-    """What `warpdecode.Experts` is told about a layout that is not the standard one; its weights are not among it."""
-    found = {}
-    for attribute, standard, arguments, _ in _LAYOUT:
-        if getattr(module, attribute, standard) != standard:
-            found |= {name: value for name, value in arguments.items() if value is not None}
-    return found
-
-
-def _biases_among(weights) -> dict[str, torch.Tensor]:
-    """The arguments of `warpdecode.Experts` that the weights after the two projections are."""
-    return dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=True)) if len(weights) > 2 else {}
-
-
-def is_fp8(module: torch.nn.Module) -> bool:
-    """Whether this is one of transformers' FP8 experts, which have an experts interface of their own."""
-    return FP8Experts is not None and isinstance(module, FP8Experts)
-
-
-def weight_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The names of the weights that the module's kind has: the two projections, then their biases."""
-    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    biases = (f"{first}_bias", "down_proj_bias") if getattr(module, "has_bias", False) else ()
-    return (first, "down_proj", *biases)
-
-
-def weights_of(module: torch.nn.Module, names: tuple[str, ...]) -> tuple[tuple, bool]:
-    """(the weights of these names as they are now, kept). `kept` is false when they are ours for this call only and
-    must not be held: computed on access, as under a LoRA parametrization, or brought to the device by an accelerate
-    hook, whose offloading would free nothing if we held them."""
-    weights = tuple(map(module._parameters.get, names))
-    for weight in weights:
-        if weight is None:
-            return tuple([getattr(module, name, None) for name in names]), False
-    return weights, not _on_loan(module)
-
-
-def _on_loan(module: torch.nn.Module) -> bool:
-    # device_map puts a hook on every module; those that offload take the weights away after the call.
-    hook = module.__dict__.get("_hf_hook")
-    if hook is None:
-        return False
-    return any([getattr(each, "offload", True) for each in getattr(hook, "hooks", (hook,))])
-
 
 def weights_between_calls(module: torch.nn.Module) -> tuple[tuple, bool]:
     """The same of a module that is not running. Tensor and expert parallelism keep DTensors in it, and bring this
     process's part of them for the time of a call: that part is what a call will bring. A call that brings a DTensor
     is not served: nobody would sum what the processes compute."""
-    weights, kept = weights_of(module, weight_names(module))
+    form = form_of(module)
+    weights, kept = form.weights(module, form.names(module))
     local = tuple([weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights])
     return local, kept and all(a is b for a, b in zip(local, weights, strict=True))
 
@@ -151,36 +69,47 @@ class Layer:
     would not change that. `names` are those of its weights, which are given as they are now; `description` is what is
     known without them: the arguments of `warpdecode.Experts`, as JSON, because compiled code can hold strings."""
 
-    __slots__ = ("__weakref__", "act_module", "description", "experts", "gate", "kinds", "names", "never", "reason")
+    __slots__ = (
+        "__weakref__", "description", "experts", "form", "gate", "kinds", "lists", "names", "never", "parts", "reason",
+        "structure",
+    )  # fmt: skip
 
     def __init__(self, module, weights, previous: "Layer | None" = None):
         self.experts = None
         self.gate: Gate | None = None
         self.description = ""
         self.kinds = kinds_of(weights)
-        self.names = weight_names(module)
-        self.act_module = module._modules.get("act_fn")
-        self.reason = built_against(module)
+        self.form: Form = form_of(module)
+        self.names = self.form.names(module)
+        self.parts = self.form.parts(module)
+        self.structure = self.form.structure(module)
+        self.lists = weights if any([part.count is not None for part in self.parts]) else None
+        self.reason = self.form.against(module)
         self.never = self.reason is not None
         self.reason = self.reason or weights_against(self.names, weights)
         if self.reason is not None:
             return
-        if previous is not None and previous.gate is not None and previous.act_module is self.act_module:
-            self.gate = previous.gate  # new weights, same gate: RL replaces weights every step
-        else:
-            self.gate = probe_gate(module, weights[0].device)
+        known = previous is not None and previous.gate is not None and _same(previous.structure, self.structure)
+        # New weights, same gate: RL replaces weights every step.
+        self.gate = previous.gate if known else probe_gate(self.form.gate(module), weights[0].device)
         self.reason = self.gate.reason
         if self.reason is not None:
             self.never = True
             return
-        arguments = self.gate.arguments | _layout_arguments(module)
-        self.description = json.dumps(arguments, sort_keys=True)
+        arguments = self.gate.arguments | self.form.arguments(module)
+        self.description = json.dumps({"parts": self.parts, "arguments": arguments}, sort_keys=True)
         try:
-            self.experts = Experts(*weights[:2], **arguments, **_biases_among(weights))
+            experts = Experts(**bound(self.parts, weights), **arguments)
         except ValueError as error:  # shapes, dtypes, alignment: the library knows its limits best and says them
             self.reason = str(error).rstrip(".")
-        else:
+            return
+        if not known:
+            self.reason = self.form.difference(module, experts)
+        if self.reason is None:
+            self.experts = experts
             _by_address[_addresses(weights)] = self
+        else:
+            self.gate = None  # to be compared again
 
     def __reduce__(self):
         # A copied or unpickled module has other weights. None is "not described yet", and NoneType needs no import of
@@ -190,30 +119,39 @@ class Layer:
     def without_weights(self) -> "Layer":
         """What may be kept when the weights were computed for one call: the gate, and nothing that holds them."""
         kept = object.__new__(Layer)
-        kept.act_module, kept.gate, kept.description = self.act_module, self.gate, self.description
-        kept.names, kept.never = self.names, self.never
-        kept.kinds, kept.reason, kept.experts = self.kinds, self.reason, None
+        kept.structure, kept.gate, kept.description = self.structure, self.gate, self.description
+        kept.form, kept.names, kept.parts, kept.never = self.form, self.names, self.parts, self.never
+        kept.kinds, kept.reason, kept.experts, kept.lists = self.kinds, self.reason, None, None
         return kept
 
     def still_describes(self, module, weights) -> bool:
         """Whether the weights and the activation are those that were described. A layer that could not be served is
         looked at again every time: its own path is slower than looking."""
-        if self.experts is None or module._modules.get("act_fn") is not self.act_module:
+        if self.experts is None or not _same(self.form.structure(module), self.structure):
             return False
+        if self.lists is not None:
+            # Hundreds of parameters, which are the library's arguments themselves: it looks at their memory in a call.
+            return _same(weights, self.lists)
         for weight in weights:
             if type(weight) not in PLAIN:
                 return False
-        return self.experts.matches(*weights[:2], **_biases_among(weights))
+        return self.experts.matches(**bound(self.parts, weights))
+
+
+def _same(some: tuple, others: tuple) -> bool:
+    """Whether these are the same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def experts_of(weights, description: str) -> Experts:
     """What to call for these weights: a layer's that some module keeps, or one described for this call alone. Keeping
     it here would keep the weights' memory, too."""
-    biases = _biases_among(weights)
+    parts, arguments = _described(description)
+    arrays = bound(parts, weights)
     layer = _by_address.get(_addresses(weights))
-    if layer is not None and layer.description == description and layer.experts.matches(*weights[:2], **biases):
+    if layer is not None and layer.description == description and layer.experts.matches(**arrays):
         return layer.experts
-    return Experts(*weights[:2], **_arguments(description), **biases)
+    return Experts(**arrays, **arguments)
 
 
 def kinds_of(weights) -> tuple:
@@ -226,14 +164,19 @@ def _addresses(weights) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _arguments(description: str) -> dict:
-    return json.loads(description)
+def _described(description: str) -> tuple[tuple[Part, ...], dict]:
+    found = json.loads(description)
+    return tuple([Part(*part) for part in found["parts"]]), found["arguments"]
 
 
 def layer_of(module: torch.nn.Module) -> tuple[Layer, tuple]:
     """(the module's layer, its weights as they are now), from what is kept on the module where that still holds."""
     layer = module.__dict__.get(SLOT)
-    weights, kept = weights_of(module, weight_names(module) if layer is None else layer.names)
+    if layer is None:
+        form = form_of(module)
+        weights, kept = form.weights(module, form.names(module))
+    else:
+        weights, kept = layer.form.weights(module, layer.names)
     if layer is None or not layer.still_describes(module, weights):
         layer = Layer(module, weights, previous=layer)
         module.__dict__[SLOT] = layer if kept else layer.without_weights()

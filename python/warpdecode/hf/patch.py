@@ -7,8 +7,10 @@ import torch
 
 from .config import PatchedConfig, Policy, WarpDecodeFallbackError, warn
 from .explain import moe_modules
+from .forms import is_dispatched
 from .forward import enter_registries, own_path_name
-from .layer import SLOT, look_at
+from .layer import SLOT, Layer, look_at
+from .replaced import POLICY, forward_against, is_replaced, replace, restore
 
 
 def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
@@ -32,7 +34,7 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
         _nothing(f"{type(model).__name__} has no Mixture-of-Experts layers that could be patched", strict)
         return model
     policy = Policy(strict)
-    layers = [(module, *look_at(module)) for module in found]
+    layers = [(module, *_looked_at(module)) for module in found]
     if all(layer.reason is not None for _, layer, _ in layers):
         reasons = {(type(module).__name__, layer.reason) for module, layer, _ in layers}
         _nothing(
@@ -46,7 +48,10 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
             policy.report(type(module).__name__, own_path_name(module), layer.reason)
     for module, layer, kept in layers:
         if not layer.never:
-            module.__dict__["config"] = PatchedConfig(_inner(module.__dict__["config"]), policy)
+            if is_dispatched(module):
+                module.__dict__["config"] = PatchedConfig(_inner(module.__dict__["config"]), policy)
+            else:
+                replace(module, layer.form, policy)
             module.__dict__[SLOT] = layer if kept else layer.without_weights()  # torch.compile may come first
     return model
 
@@ -59,6 +64,9 @@ def unpatch(model: torch.nn.Module) -> torch.nn.Module:
         if type(config) is PatchedConfig:
             module.__dict__["config"] = config.inner
             module.__dict__.pop(SLOT, None)
+        if is_replaced(module):
+            restore(module)
+            module.__dict__.pop(SLOT, None)
     return model
 
 
@@ -69,6 +77,7 @@ def patched(model: torch.nn.Module, strict: bool = False) -> Iterator[torch.nn.M
     The scope belongs to the model, not to the thread: other threads that run it meanwhile get the kernels too.
     """
     before = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
+    replaced = [(module, module.__dict__[POLICY]) for module in model.modules() if is_replaced(module)]
     patch(model, strict=strict)
     try:
         yield model
@@ -78,6 +87,27 @@ def patched(model: torch.nn.Module, strict: bool = False) -> Iterator[torch.nn.M
                 module.__dict__["config"] = config
                 if type(config) is not PatchedConfig:
                     module.__dict__.pop(SLOT, None)
+        _put_back(model, replaced)
+
+
+def _put_back(model, replaced) -> None:
+    """Ends a scope for the modules outside transformers' interface: those in `replaced` had these policies."""
+    policies = {id(module): policy for module, policy in replaced}
+    for module in model.modules():
+        if is_replaced(module):
+            if id(module) in policies:
+                module.__dict__[POLICY] = policies[id(module)]
+            else:
+                restore(module)
+                module.__dict__.pop(SLOT, None)
+
+
+def _looked_at(module) -> tuple[Layer, bool]:
+    layer, kept = look_at(module)
+    reason = forward_against(module)
+    if reason is not None:
+        layer.reason, layer.never = reason, True
+    return layer, kept
 
 
 def _inner(config):

@@ -1,0 +1,196 @@
+"""Forms: how a kind of module keeps its experts' weights, and what they are as arguments of `warpdecode.Experts`.
+
+Classes of transformers' experts interface say it by the flags of its decorator (`Interface`, here). Those outside are
+recognised by what they have and compute: `stacked.py` and `separate.py` hold their forms, `found.py` finds a module's.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .gate import EXPERTS_ARGUMENTS
+from .registries import FP8Experts
+
+# Of the classes that `replaced.py` makes: their modules' form, and the class that was there before.
+FORM, BASE = "_warpdecode_form", "_warpdecode_base"
+OUTSIDE = "its class does not use transformers' experts interface (@use_experts_implementation)"
+
+# The attributes in which transformers' decorator says how a class stores its weights: the standard value, the argument
+# of `warpdecode.Experts` that says the other one, and what that means. Older releases lack the last.
+_LAYOUT = (
+    ("has_gate", True, {"has_gate": False}, "it has no gate projection (has_gate=False)"),
+    (
+        "is_transposed",
+        False,
+        {"is_transposed": True},
+        "its weights are stored transposed, (E, H, 2I) and (E, I, H) (is_transposed=True)",
+    ),
+    (
+        "is_concatenated",
+        True,
+        {"is_interleaved": True},
+        "its gate and up rows are interleaved (is_concatenated=False)",
+    ),
+    # The values of these two are weights, and come with them.
+    ("has_bias", False, {"gate_up_bias": None, "down_bias": None}, "its projections have biases (has_bias=True)"),
+    ("has_post_expert_norm", False, None, "it normalises each expert's output (has_post_expert_norm=True)"),
+)
+
+
+class Part(NamedTuple):
+    """An argument of `warpdecode.Experts` among a form's weights: the one at `first`, or the `count` from there on as a
+    list. `shape`: seen as this shape, from its first number on; None: as it is."""
+
+    argument: str
+    first: int
+    count: int | None = None
+    shape: tuple[int, ...] | None = None
+
+
+def bound(parts, weights) -> dict:
+    """The arguments of `warpdecode.Experts` that these weights are. Views, never copies."""
+    found = {}
+    for argument, first, count, shape in parts:
+        if count is not None:
+            found[argument] = weights[first : first + count]
+        elif shape is None:
+            found[argument] = weights[first]
+        else:
+            found[argument] = weights[first].detach().view(-1)[: math.prod(shape)].view(shape)
+    return found
+
+
+class Form:
+    """A module's form. Its fields are constants of the class that the module has while it is patched."""
+
+    seam = "forward"  # the method that is replaced, where transformers has no interface for it
+
+    def against(self, module) -> str | None:
+        """The reason why the kernels can never serve the module, whatever its weights; None when they may."""
+        raise NotImplementedError
+
+    def names(self, module) -> tuple[str, ...]:
+        """The names of the weights."""
+        raise NotImplementedError
+
+    def parts(self, module) -> tuple[Part, ...]:
+        """What they are."""
+        raise NotImplementedError
+
+    def weights(self, module, names) -> tuple[tuple, bool]:
+        """(the weights of these names as they are now, kept). `kept` is false when they are ours for this call only
+        and must not be held: computed on access, as under a LoRA parametrization, or brought to the device by an
+        accelerate hook, whose offloading would free nothing if we held them."""
+        weights = tuple(map(module._parameters.get, names))
+        for weight in weights:
+            if weight is None:
+                return tuple([getattr(module, name, None) for name in names]), False
+        return weights, not on_loan(module)
+
+    def arguments(self, module) -> dict:
+        """What `warpdecode.Experts` is told about the layout."""
+        return {}
+
+    def structure(self, module) -> tuple:
+        """What besides the weights was looked at: while it is the same objects, so is the gate."""
+        return (module._modules.get("act_fn"),)
+
+    def gate(self, module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(gates, ups) -> what the module makes of them."""
+        raise NotImplementedError
+
+    def difference(self, module, experts) -> str | None:
+        """The reason when the module's own forward, on a probe, is not what `experts` compute."""
+        return None
+
+    def sizes(self, module, weights) -> dict[str, int | None]:
+        """E, H and I, of the weights."""
+        return {"E": None, "H": None, "I": None}
+
+
+class Interface(Form):
+    """A class of transformers' experts interface."""
+
+    def against(self, module):
+        if is_fp8(module):
+            return "its weights are block-scaled FP8 (or FP4), and there is no kernel for them"
+        for attribute, standard, arguments, meaning in _LAYOUT:
+            known = arguments is not None and arguments.keys() <= EXPERTS_ARGUMENTS
+            if not known and getattr(module, attribute, standard) != standard:
+                return meaning
+        return None
+
+    def names(self, module):
+        first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+        biases = (f"{first}_bias", "down_proj_bias") if getattr(module, "has_bias", False) else ()
+        return (first, "down_proj", *biases)
+
+    def parts(self, module):
+        arguments = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+        return tuple([Part(arguments[i], i) for i in range(len(self.names(module)))])
+
+    def arguments(self, module):
+        found = {}
+        for attribute, standard, arguments, _ in _LAYOUT:
+            if getattr(module, attribute, standard) != standard:
+                found |= {name: value for name, value in arguments.items() if value is not None}
+        return found
+
+    def gate(self, module):
+        if not getattr(module, "has_gate", True):
+            return lambda g, u: module.act_fn(g) * u  # no up: the activation alone, looked up as if there were one
+        if getattr(module, "is_concatenated", True):
+            return lambda g, u: module._apply_gate(torch.cat([g, u], dim=-1))
+        return lambda g, u: module._apply_gate(torch.stack([g, u], dim=-1).flatten(-2))
+
+    def sizes(self, module, weights):
+        down = weights[1]
+        if down is None or down.dim() != 3:
+            return super().sizes(module, weights)
+        e, h, i = down.shape
+        return {"E": e, "H": i, "I": h} if module.is_transposed else {"E": e, "H": h, "I": i}
+
+
+class Unknown(Form):
+    """What looks like experts, but is none of the forms; the reason says why."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def against(self, module):
+        return self.reason
+
+    def names(self, module):
+        return ()
+
+    def parts(self, module):
+        return ()
+
+
+INTERFACE = Interface()
+
+
+def own_method(module: torch.nn.Module, seam: str = "forward"):
+    """The function of the module's own class, patched or not."""
+    return getattr(getattr(type(module), BASE, type(module)), seam)
+
+
+def is_dispatched(module: torch.nn.Module) -> bool:
+    """Whether transformers looks this module's implementation up in its experts interface on every call."""
+    state = module.__dict__
+    return "config" in state and "is_transposed" in state and hasattr(type(module).forward, "__wrapped__")
+
+
+def is_fp8(module: torch.nn.Module) -> bool:
+    """Whether this is one of transformers' FP8 experts, which have an experts interface of their own."""
+    return FP8Experts is not None and isinstance(module, FP8Experts)
+
+
+def on_loan(module: torch.nn.Module) -> bool:
+    """Whether a hook of device_map takes the module's weights away after the call."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return False
+    return any([getattr(each, "offload", True) for each in getattr(hook, "hooks", (hook,))])
