@@ -1,5 +1,6 @@
 """torch.compile gets the kernels as one operator; torch.jit and torch.export, which cannot, the model's own path."""
 
+import json
 from contextlib import ExitStack
 
 import pytest
@@ -184,7 +185,8 @@ def test_weights_that_the_library_refuses_take_the_model_s_own_path(graphs, ran_
 def test_the_operator_keeps_torch_s_rules(dtype, activation, device):
     layer = cases.make_layer(4, 64, 40, dtype, device)
     hidden, ids, weights = cases.make_tokens(layer, 5, 2)
-    description = f'{{"activation": "{activation}"}}'
+    parts = [["gate_up_proj", 0, None, None], ["down_proj", 1, None, None]]
+    description = json.dumps({"parts": parts, "arguments": {"activation": activation}})
     for arguments in (
         (hidden, ids, weights),
         (hidden[:0], ids[:0], weights[:0]),

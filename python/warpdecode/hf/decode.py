@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from .config import ModelPolicies
 from .forward import report_fp8, serve
-from .registries import FORWARD, FP8_FORWARD
+from .registries import FORWARD, FP8_FORWARD, demand_interface
 
 REPLACED = "batched_mm"
 
@@ -39,8 +39,11 @@ def accelerate_decode(*, strict: bool = False) -> DecodeAcceleration:
     which is said once per model and reason; with `strict=True` they raise `WarpDecodeFallbackError`. FP8 experts have
     a registry of their own, whose `batched_mm` is treated alike; the kernels serve none of them so far.
 
+    Raises RuntimeError with transformers 4, which has no experts interface.
+
     Calling it again changes `strict` and nothing else. Undone by the returned handle: `undo()`, or the end of `with`.
     """
+    demand_interface("accelerate_decode()")
     before = is_on()
     _switch(strict)
     return DecodeAcceleration(before)
@@ -48,7 +51,7 @@ def accelerate_decode(*, strict: bool = False) -> DecodeAcceleration:
 
 def is_on() -> bool | None:
     """None when the acceleration is off, otherwise its `strict`."""
-    function = FORWARD[REPLACED]
+    function = FORWARD.get(REPLACED)
     return function.strict if isinstance(function, _InPlaceOf) else None
 
 

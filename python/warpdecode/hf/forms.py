@@ -105,6 +105,18 @@ class Form:
         """The reason when the module's own forward, on a probe, is not what `experts` compute."""
         return None
 
+    def experts_and_identities(self, module) -> tuple[int, int]:
+        """How many of either: ids from the first number on are of experts that return their input."""
+        raise NotImplementedError
+
+    def returned(self, module, hidden_states, ids, weights, out):
+        """What the module's own method returns, of what the kernels gave, to whom such ids are nobody's."""
+        experts, identities = self.experts_and_identities(module)
+        if identities:
+            kept = weights.float().masked_fill(ids < experts, 0.0).sum(dim=-1, keepdim=True)
+            out = torch.addcmul(out.float(), kept, hidden_states.float()).to(out.dtype)
+        return out
+
     def sizes(self, module, weights) -> dict[str, int | None]:
         """E, H and I, of the weights."""
         return {"E": None, "H": None, "I": None}

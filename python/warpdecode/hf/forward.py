@@ -10,7 +10,15 @@ from .call import block_call_against, call_against, watched
 from .config import NAME, Policy, own_implementation, policy_key, policy_of
 from .forms import INTERFACE, is_dispatched
 from .layer import Layer, layer_of
-from .registries import ALL_FP8_EXPERTS_FUNCTIONS, FORWARD, FP8_FORWARD, NAMES_ARE_OPEN, VERSION, implementation
+from .registries import (
+    ALL_FP8_EXPERTS_FUNCTIONS,
+    FORWARD,
+    FP8_FORWARD,
+    NAMES_ARE_OPEN,
+    VERSION,
+    demand_interface,
+    implementation,
+)
 
 
 def register() -> None:
@@ -23,6 +31,7 @@ def register() -> None:
 
     Raises RuntimeError with transformers before 5.7, which accepts no names but its own.
     """
+    demand_interface("register()")
     if not NAMES_ARE_OPEN:
         raise RuntimeError(
             f"warpdecode: transformers {VERSION} accepts no experts implementation but its own by name; 5.7 and newer "

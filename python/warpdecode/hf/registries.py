@@ -6,7 +6,11 @@ Both are mappings shared by all interface objects that transformers makes, so an
 from collections.abc import Callable
 
 from transformers import __version__ as VERSION
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+except ImportError:  # transformers 4: there is none, and only `patch` works
+    ALL_EXPERTS_FUNCTIONS = ExpertsInterface = None
 
 try:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
@@ -16,10 +20,19 @@ except ImportError:  # before 5.7 this module needs Triton
 # Since 5.7 transformers accepts every name that a registry has; before, a fixed list of its own.
 NAMES_ARE_OPEN = tuple(int(part) for part in VERSION.split(".")[:2]) >= (5, 7)
 
-FORWARD: dict[str, Callable] = ExpertsInterface._global_mapping
+FORWARD: dict[str, Callable] = {} if ExpertsInterface is None else ExpertsInterface._global_mapping
 FP8_FORWARD: dict[str, Callable] | None = (
     None if ALL_FP8_EXPERTS_FUNCTIONS is None else type(ALL_FP8_EXPERTS_FUNCTIONS)._global_mapping
 )
+
+
+def demand_interface(what: str) -> None:
+    """Raises RuntimeError where transformers has no experts interface; `what` needs it."""
+    if ExpertsInterface is None:
+        raise RuntimeError(
+            f"warpdecode: {what} needs transformers' experts interface, which transformers {VERSION} does not have; "
+            "5.7 and newer do. warpdecode.hf.patch(model) works with this one."
+        )
 
 
 def implementation(name: str | None, default: Callable) -> Callable:

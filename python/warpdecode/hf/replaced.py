@@ -56,8 +56,8 @@ def _is_bound(function, module, owner: type) -> bool:
 
 def forward_against(module: torch.nn.Module) -> str | None:
     """The reason why a class of ours would not be called: somebody put another forward on the instance."""
-    if is_dispatched(module):
-        return None  # transformers asks for its implementation inside
+    if is_dispatched(module) or is_replaced(module):
+        return None  # transformers asks for its implementation inside; what came after a patch calls ours
     state = module.__dict__
     outer = state.get("_old_forward", state.get("forward"))
     if outer is None or _is_bound(outer, module, type(module)):

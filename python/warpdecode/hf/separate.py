@@ -37,7 +37,7 @@ class Separate(Form):
     def against(self, module):
         members, identities = _members(module._modules["experts"])
         if (len(members), identities) != (self.routed, self.identities):
-            return f"its experts and identities were {self.routed} and {self.identities}, now {len(members)} and {identities}"
+            return f"it had {self.routed} experts and {self.identities} identities before, and now others"
         return _mixed(members)
 
     def _linears(self, module):
@@ -66,8 +66,10 @@ class Separate(Form):
         return tuple([Part(argument, i * self.routed, self.routed) for i, argument in enumerate(arguments)])
 
     def structure(self, module):
-        members = module._modules["experts"]._modules
-        return (*self._linears(module), *members.values(), *_others(next(iter(members.values()))))
+        members, linears = module._modules["experts"]._modules, self._linears(module)
+        # On every call, for hundreds of them: lists are the fastest way to ask.
+        hooked = any([each is None or bool(each._forward_hooks or each._forward_pre_hooks) for each in linears])
+        return (hooked, *linears, *map(type, linears), *members.values(), *_others(next(iter(members.values()))))
 
     def gate(self, module):
         expert = module._modules["experts"][0]
@@ -79,8 +81,7 @@ class Separate(Form):
         rows, columns = weights[0].shape
         return {"E": self.routed, "H": columns, "I": rows}
 
-    def experts_and_identities(self, module) -> tuple[int, int]:
-        """How many of either."""
+    def experts_and_identities(self, module):
         return self.routed, self.identities
 
 

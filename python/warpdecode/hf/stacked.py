@@ -86,17 +86,8 @@ class Stacked(Form):
     def sizes(self, module, weights):
         return _sizes(*weights)
 
-    def experts_and_identities(self, module) -> tuple[int, int]:
-        """How many of either."""
+    def experts_and_identities(self, module):
         return module.down_proj.shape[0], module.gate_up_proj.shape[0] - module.down_proj.shape[0]
-
-    def returned(self, module, hidden_states, ids, weights, out):
-        """What the module's forward returns, of what the kernels gave."""
-        experts, identities = self.experts_and_identities(module)
-        if identities:
-            kept = weights.float().masked_fill(ids < experts, 0.0).sum(dim=-1, keepdim=True)
-            out = torch.addcmul(out.float(), kept, hidden_states.float()).to(out.dtype)
-        return out
 
     def difference(self, module, experts):
         known, identities = self.experts_and_identities(module)

@@ -1,0 +1,295 @@
+"""transformers 4, which has one module an expert and no experts interface: blocks patched in place, no weight copied.
+Runs where such a release is installed (.ci/run brings one), and skips elsewhere."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+import cases
+import hf_legacy
+import hf_models
+import warpdecode.hf
+from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
+
+transformers = pytest.importorskip("transformers")
+if not transformers.__version__.startswith("4."):
+    pytest.skip(f"transformers {transformers.__version__} is none of 4", allow_module_level=True)
+
+TOKENS = hf_models.PROMPT[0] * hf_models.PROMPT[1]
+FAMILIES = sorted(hf_legacy.FAMILIES)
+A_FEW = ["mixtral", "qwen2_moe", "deepseek_v3"]  # of each kind one: a tuple, a shared expert, a method of its own
+NUMBERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# The own forward rounds each of some eight values where the kernels round one.
+OWN_ROUNDINGS = 8
+
+
+def _block(model: torch.nn.Module) -> torch.nn.Module:
+    return next(m for m in model.modules() if isinstance(m._modules.get("experts"), torch.nn.ModuleList))
+
+
+def _output(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@torch.no_grad()
+def _served(model) -> list[int]:
+    with hf_models.counted_kernel_calls() as served:
+        model(hf_models.prompt())
+    return served
+
+
+def _left_on(model):
+    return [
+        (name, type(module), {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, dict)})
+        for name, module in model.named_modules()
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_is_its_own_forward_but_for_roundings(family, dtype):
+    block = _block(hf_legacy.build(family, dtype))
+    x = torch.randn(3, 5, 64).to(dtype)
+    own = block(x.clone())
+    warpdecode.hf.patch(block, strict=True)
+    with hf_models.counted_kernel_calls() as served:
+        got = block(x.clone())
+    assert served == [15]
+    assert type(got) is type(own) and _output(got).shape == _output(own).shape and _output(got).dtype == dtype
+    if isinstance(own, tuple):  # the router's logits: the block's own router, asked once in the same way
+        assert len(got) == len(own) and torch.equal(got[1], own[1])
+    # The own output has the dtype's numbers, so what rounding it costs does not show in it: half an eps at most.
+    bound = cases.error_bound(_output(own).double(), dtype) + torch.finfo(dtype).eps / 2
+    assert cases.relative_error(_output(got), _output(own).double()) <= OWN_ROUNDINGS * bound
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_models_compute_what_they_compute(family):
+    model = hf_legacy.build(family)
+    expected, before, keys = model(hf_models.prompt()).logits, _left_on(model), list(model.state_dict())
+    addresses = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    assert warpdecode.hf.patch(model, strict=True) is model
+    assert _served(model) == [TOKENS] * hf_models.MOE_LAYERS
+    assert torch.allclose(model(hf_models.prompt()).logits, expected, atol=1e-3)
+    assert list(model.state_dict()) == keys
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == addresses
+    rows = warpdecode.hf.explain(model)
+    assert {(row.path, row.reason, row.E, row.H, row.I) for row in rows} == {("warp_decode", "patched", 8, 64, 40)}
+    assert [row.name.endswith(".experts") for row in rows] == [True] * hf_models.MOE_LAYERS
+    assert warpdecode.hf.unpatch(model) is model
+    assert _left_on(model) == before and not _served(model)
+    assert torch.equal(model(hf_models.prompt()).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe"])
+def test_generate(family):
+    model = hf_legacy.build(family)
+    own = model.generate(hf_models.prompt(), max_new_tokens=6, do_sample=False)
+    warpdecode.hf.patch(model, strict=True)
+    with hf_models.counted_kernel_calls() as served:
+        assert torch.equal(model.generate(hf_models.prompt(), max_new_tokens=6, do_sample=False), own)
+    assert len(served) == 6 * hf_models.MOE_LAYERS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
+def test_the_experts_are_close_to_fp64(dtype):
+    # DeepSeek's method takes ids and weights, so that what is compared is the experts alone.
+    block = _block(hf_legacy.build("deepseek_v3", dtype))
+    x, ids = torch.randn(9, 64).to(dtype), torch.rand(9, 8).argsort(dim=1)[:, :3].contiguous()
+    weights = torch.rand(9, 3)
+    expected = copy.deepcopy(block).double().moe(x.double(), ids, weights.double())
+    got = warpdecode.hf.patch(block, strict=True).moe(x, ids, weights)
+    assert cases.relative_error(got, expected) <= cases.error_bound(expected, dtype)
+
+
+@torch.no_grad()
+def test_the_router_is_asked_once_and_its_logits_are_returned():
+    model = hf_legacy.build("qwen3_moe")
+    expected = model(hf_models.prompt(), output_router_logits=True).router_logits
+    warpdecode.hf.patch(model, strict=True)
+    got = model(hf_models.prompt(), output_router_logits=True).router_logits
+    # The second layer's input differs by roundings.
+    assert len(got) == len(expected) == hf_models.MOE_LAYERS
+    assert torch.equal(got[0], expected[0]) and torch.allclose(got[1], expected[1], atol=1e-4)
+    warpdecode.hf.unpatch(model)  # transformers left the method that it had wrapped on the instance
+    assert not _served(model)
+    assert _served(warpdecode.hf.patch(model, strict=True)) == [TOKENS] * hf_models.MOE_LAYERS
+    model.requires_grad_(True)
+    with pytest.raises(WarpDecodeFallbackError, match="gradients are needed"), torch.enable_grad():
+        model(hf_models.prompt(), output_router_logits=True)
+    warpdecode.hf.patch(model)
+    with pytest.warns(WarpDecodeFallbackWarning), torch.enable_grad():
+        result = model(hf_models.prompt(), output_router_logits=True)
+    assert len(result.router_logits) == hf_models.MOE_LAYERS
+
+
+@pytest.mark.parametrize("family", A_FEW)
+def test_copies_and_files(family):
+    model = warpdecode.hf.patch(hf_legacy.build(family), strict=True)
+    with torch.no_grad():
+        expected = model(hf_models.prompt()).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin, loaded = copy.deepcopy(model), torch.load(file, weights_only=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for other in (twin, loaded):
+            assert _served(other) and torch.equal(other(hf_models.prompt()).logits, expected)
+
+
+@pytest.mark.parametrize("family", A_FEW)
+def test_training_takes_the_own_forward(family):
+    model = hf_legacy.build(family).requires_grad_(True)
+    expected = model(hf_models.prompt()).logits
+    warpdecode.hf.patch(model)
+    with pytest.warns(WarpDecodeFallbackWarning, match=r"\(its own forward\).*gradients are needed"):
+        got = model(hf_models.prompt()).logits
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert all(p.grad is not None for p in _block(model).gate.parameters())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_only_the_router_needs_gradients(family):
+    model = hf_legacy.build(family)
+    block = _block(model)
+    block.gate.weight.requires_grad_(True)
+    warpdecode.hf.patch(block)
+    with pytest.warns(WarpDecodeFallbackWarning, match=r"gate.weight requires grad"):
+        _output(block(torch.randn(1, 4, 64))).sum().backward()
+    assert block.gate.weight.grad is not None
+
+
+@torch.no_grad()
+def test_noise_in_training_mode_is_the_block_s_own():
+    block = _block(hf_legacy.build("mixtral"))
+    block.jitter_noise = 0.1
+    warpdecode.hf.patch(block)
+    with hf_models.counted_kernel_calls() as served:
+        block(torch.randn(1, 4, 64))
+        block.train()
+        with pytest.warns(WarpDecodeFallbackWarning, match=r"noise to its input in training mode \(jitter_noise=0.1\)"):
+            block(torch.randn(1, 4, 64))
+    assert served == [4]
+
+
+class _LoRA(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.extra = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.extra(x)
+
+
+class _Quantised(torch.nn.Linear):
+    def forward(self, x):
+        return torch.round(super().forward(x))
+
+
+def _wrap(expert, name):
+    setattr(expert, name, _LoRA(getattr(expert, name)).requires_grad_(False))
+
+
+def _quantise(expert, name):
+    getattr(expert, name).__class__ = _Quantised
+
+
+def _swap(expert, name):
+    made = _Quantised(1, 1, bias=False)
+    made.weight = getattr(expert, name).weight  # the very same parameter
+    setattr(expert, name, made)
+
+
+def _hook(expert, name):
+    getattr(expert, name).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+CHANGES = {
+    _wrap: "experts.3.up_proj is a _LoRA, not a plain torch.nn.Linear",
+    _quantise: "experts.3.up_proj is a _Quantised, not a plain torch.nn.Linear",
+    _swap: "experts.3.up_proj is a _Quantised, not a plain torch.nn.Linear",
+    _hook: "experts.3.up_proj has hooks",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_expert_of_other_modules_is_handed_back(change, when):
+    model, same = hf_legacy.build("qwen3_moe"), hf_legacy.build("qwen3_moe")
+    for each in (model, same):
+        if when == "after" and each is model:
+            warpdecode.hf.patch(each, strict=True)
+            each(hf_models.prompt())
+            warpdecode.hf.patch(each)
+        change(_block(each).experts[3], "up_proj")
+    same.load_state_dict(model.state_dict())
+    if when == "before":
+        assert CHANGES[change] in warpdecode.hf.explain(model)[0].reason
+        with pytest.raises(WarpDecodeFallbackError, match=CHANGES[change]):
+            warpdecode.hf.patch(model, strict=True)
+    with pytest.warns(WarpDecodeFallbackWarning, match=CHANGES[change]):
+        warpdecode.hf.patch(model)
+        block, x = _block(model), torch.randn(2, 9, 64)
+        got = block(x)
+    assert torch.equal(got[0], _block(same)(x)[0])
+    assert _served(model) == [TOKENS]  # the other layer
+
+
+@torch.no_grad()
+def test_a_block_that_routes_otherwise_is_handed_back():
+    model = hf_legacy.build("qwen3_moe")
+    block = _block(model)
+
+    class Other(type(block)):
+        def forward(self, hidden_states):
+            hidden, logits = super().forward(hidden_states)
+            return 1.001 * hidden, logits
+
+    block.__class__ = Other
+    assert "routes in none of the known ways" in warpdecode.hf.explain(block)[0].reason
+    x = torch.randn(2, 3, 64)
+    expected = block(x)[0]
+    with pytest.warns(WarpDecodeFallbackWarning, match="none of the known ways"):
+        assert torch.equal(warpdecode.hf.patch(block)(x)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", A_FEW)
+def test_weights_are_those_of_the_call(family):
+    model, other = hf_legacy.build(family), hf_legacy.build(family, seed=1)
+    expected = warpdecode.hf.patch(other, strict=True)(hf_models.prompt()).logits
+    warpdecode.hf.patch(model, strict=True)
+    model(hf_models.prompt())
+    for own, its in zip(model.parameters(), other.parameters(), strict=True):
+        own.data = its.data.clone()
+    assert torch.equal(model(hf_models.prompt()).logits, expected)
+    assert _served(model.bfloat16()) == [TOKENS] * hf_models.MOE_LAYERS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", A_FEW)
+def test_compiled_without_a_graph_break(family):
+    torch._dynamo.reset()
+    model = warpdecode.hf.patch(hf_legacy.build(family), strict=True)
+    block, x = _block(model), torch.randn(2, 3, 64)
+    expected = block(x)
+    with hf_models.counted_kernel_calls() as served:
+        got = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    assert served == [6] and torch.allclose(_output(got), _output(expected), atol=1e-5)
+
+
+def test_what_needs_the_interface_says_so():
+    for function in (warpdecode.hf.register, warpdecode.hf.accelerate_decode):
+        with pytest.raises(RuntimeError, match=r"needs transformers' experts interface, which transformers 4\."):
+            function()
