@@ -56,6 +56,7 @@ def test_layers_outside_the_interface_and_other_layouts_are_listed():
     llama4 = Llama4TextConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
     separate = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(4)])})
     model = torch.nn.ModuleDict({"a": GptOssExperts(gpt_oss), "b": Llama4TextMoe(llama4), "c": separate})
+    torch.nn.init.ones_(model["b"].experts.down_proj)  # the other projection is zeros as it comes
     by_name = {row.name: row for row in warpdecode.hf.explain(model)}
     assert set(by_name) == {"a", "b.experts", "c.experts"}
     assert (by_name["a"].E, by_name["a"].H, by_name["a"].I, by_name["a"].path) == (4, 32, 48, "eager")

@@ -50,12 +50,13 @@ def test_a_whole_model_of_another_gate():
 
 
 def test_a_class_outside_the_experts_interface():
-    from transformers import Llama4TextConfig
-    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
-    config = Llama4TextConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=1)
+    config = SwitchTransformersConfig(d_model=32, d_ff=32, num_experts=4)
     _raises_when_patched(
-        Llama4TextMoe(config), "Llama4TextExperts: its class does not use transformers' experts interf"
+        SwitchTransformersExperts(config),
+        "SwitchTransformersExperts: its class does not use transformers' experts",
     )
 
 

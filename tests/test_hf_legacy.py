@@ -2,6 +2,7 @@
 Runs where such a release is installed (.ci/run brings one), and skips elsewhere."""
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -293,3 +294,30 @@ def test_what_needs_the_interface_says_so():
     for function in (warpdecode.hf.register, warpdecode.hf.accelerate_decode):
         with pytest.raises(RuntimeError, match=r"needs transformers' experts interface, which transformers 4\."):
             function()
+
+
+OTHERS = {
+    "gpt_oss": ("GptOssExperts", "GptOssConfig", "could not be probed"),
+    "qwen3_vl_moe": ("Qwen3VLMoeTextExperts", "Qwen3VLMoeTextConfig", "could not be probed"),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_classes_of_experts_are_handed_back(family):
+    name, config, reason = OTHERS[family]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48}
+    made = getattr(transformers, config, None) or getattr(module, config)
+    experts = getattr(module, name)(made(**sizes, num_local_experts=4, num_experts=4)).requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_()
+    assert reason in warpdecode.hf.explain(experts)[0].reason
+    with pytest.raises(WarpDecodeFallbackError, match=reason):
+        warpdecode.hf.patch(experts, strict=True)
+
+
+def test_experts_of_two_calls_are_handed_back():
+    from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeConfig, GraniteMoeMoE
+
+    block = GraniteMoeMoE(GraniteMoeConfig(hidden_size=32, intermediate_size=48, num_local_experts=4))
+    assert {"experts interface" in row.reason for row in warpdecode.hf.explain(block)} == {True}

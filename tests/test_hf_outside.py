@@ -3,16 +3,21 @@ forward and with FP64, put back."""
 
 import copy
 import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import cases
 import hf_models
 import hf_outside
 import warpdecode.hf
 from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
+
+CLASS = re.compile(r"((?:^@.*\n)*)^class (\w*Experts)\(nn\.Module(?:Dict|List)?\):", re.MULTILINE)
 
 E, K, H, INTER, T = 8, 3, 72, 40, 11
 ZEROS = 4  # LongCat's identity experts
@@ -309,3 +314,19 @@ def test_a_class_that_computes_something_else_is_handed_back():
     with pytest.warns(WarpDecodeFallbackWarning, match="on a probe"):
         got = warpdecode.hf.patch(module)(*call)
     assert torch.equal(got, expected)
+
+
+# What becomes of every class of experts without transformers' decorator, by its name.
+SERVED = {"DbrxExperts", "Llama4TextExperts", "LongcatFlashExperts", "Step3p7Experts"}
+HANDED_BACK = {"JetMoeParallelExperts", "NllbMoeExperts", "SwitchTransformersExperts"}
+ALWAYS_DENSE = {"InklingSharedExperts"}  # shared experts: nothing is routed
+
+
+def test_no_other_class_of_experts_is_outside():
+    found = set()
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        for decorators, name in CLASS.findall(path.read_text(encoding="utf-8")):
+            if "use_experts_implementation" not in decorators:
+                found.add(name)
+    assert len(found) >= 4
+    assert found <= SERVED | HANDED_BACK | ALWAYS_DENSE

@@ -42,7 +42,8 @@ class Separate(Form):
 
     def _linears(self, module):
         members = list(module._modules["experts"]._modules.values())[: self.routed]
-        return [member._modules.get(role) for role in self.roles for member in members]
+        children = [member._modules for member in members]
+        return [each.get(role) for role in self.roles for each in children]
 
     def names(self, module):
         keys = list(module._modules["experts"]._modules)[: self.routed]
