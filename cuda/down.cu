@@ -8,9 +8,8 @@
 // A warp owns 16 hidden rows of one expert, or two or four times as many where weights are transposed. Bytes: H*I*2 per
 // distinct expert.
 //
-// direct:  a block serves a warp's rows of one token, a warp a slot, combined in shared memory: one launch, nothing
-// written
-//          but the output.
+// direct:  a block serves a warp's rows of one token, a warp a slot, combined in shared memory: one launch, and nothing
+//          is written but the output.
 // grouped: a block serves rows of one expert for all its routes, 8, 16 or 32 at a time, and writes v[t,k,h] in FP32
 //          to scratch (it stays in L2); combine_slots adds them up.
 // tiled:   down_tiled.cu, and combine_slots.
