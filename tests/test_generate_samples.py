@@ -84,7 +84,7 @@ def test_logits_that_are_not_finite_end_the_run(generate, model_folder, tmp_path
 def test_strict_refuses_a_model_whose_layers_cannot_be_served(generate, tmp_path):
     folder = save_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "mish"}))
     code, path, printed = generate(model=folder, flags=["--strict"])
     assert code == 1 and "warpdecode generate: error: " in printed and "Nothing was patched (strict=True)" in printed
     assert path.read_bytes() == b""
