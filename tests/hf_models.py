@@ -242,3 +242,19 @@ def no_fallback() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", WarpDecodeFallbackWarning)
         yield
+
+
+@torch.no_grad()
+def served_calls(model: torch.nn.Module) -> list[int]:
+    """The kernels' calls in one forward of a model."""
+    with counted_kernel_calls() as served:
+        model(prompt())
+    return served
+
+
+def left_on(model: torch.nn.Module) -> list[tuple]:
+    """What patching could leave on a model's modules: their classes, and what their own attributes are."""
+    return [
+        (name, type(module), {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, dict)})
+        for name, module in model.named_modules()
+    ]

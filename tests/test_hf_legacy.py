@@ -36,20 +36,6 @@ def _output(result):
 
 
 @torch.no_grad()
-def _served(model) -> list[int]:
-    with hf_models.counted_kernel_calls() as served:
-        model(hf_models.prompt())
-    return served
-
-
-def _left_on(model):
-    return [
-        (name, type(module), {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, dict)})
-        for name, module in model.named_modules()
-    ]
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_is_its_own_forward_but_for_roundings(family, dtype):
@@ -72,10 +58,10 @@ def test_a_block_is_its_own_forward_but_for_roundings(family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_models_compute_what_they_compute(family):
     model = hf_legacy.build(family)
-    expected, before, keys = model(hf_models.prompt()).logits, _left_on(model), list(model.state_dict())
+    expected, before, keys = model(hf_models.prompt()).logits, hf_models.left_on(model), list(model.state_dict())
     addresses = {name: value.data_ptr() for name, value in model.state_dict().items()}
     assert warpdecode.hf.patch(model, strict=True) is model
-    assert _served(model) == [TOKENS] * hf_models.MOE_LAYERS
+    assert hf_models.served_calls(model) == [TOKENS] * hf_models.MOE_LAYERS
     assert torch.allclose(model(hf_models.prompt()).logits, expected, atol=1e-3)
     assert list(model.state_dict()) == keys
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == addresses
@@ -83,7 +69,7 @@ def test_patched_models_compute_what_they_compute(family):
     assert {(row.path, row.reason, row.E, row.H, row.I) for row in rows} == {("warp_decode", "patched", 8, 64, 40)}
     assert [row.name.endswith(".experts") for row in rows] == [True] * hf_models.MOE_LAYERS
     assert warpdecode.hf.unpatch(model) is model
-    assert _left_on(model) == before and not _served(model)
+    assert hf_models.left_on(model) == before and not hf_models.served_calls(model)
     assert torch.equal(model(hf_models.prompt()).logits, expected)
 
 
@@ -120,8 +106,8 @@ def test_the_router_is_asked_once_and_its_logits_are_returned():
     assert len(got) == len(expected) == hf_models.MOE_LAYERS
     assert torch.equal(got[0], expected[0]) and torch.allclose(got[1], expected[1], atol=1e-4)
     warpdecode.hf.unpatch(model)  # transformers left the method that it had wrapped on the instance
-    assert not _served(model)
-    assert _served(warpdecode.hf.patch(model, strict=True)) == [TOKENS] * hf_models.MOE_LAYERS
+    assert not hf_models.served_calls(model)
+    assert hf_models.served_calls(warpdecode.hf.patch(model, strict=True)) == [TOKENS] * hf_models.MOE_LAYERS
     model.requires_grad_(True)
     with pytest.raises(WarpDecodeFallbackError, match="gradients are needed"), torch.enable_grad():
         model(hf_models.prompt(), output_router_logits=True)
@@ -144,7 +130,7 @@ def test_copies_and_files(family):
         for parameter in model.parameters():
             parameter.zero_()
         for other in (twin, loaded):
-            assert _served(other) and torch.equal(other(hf_models.prompt()).logits, expected)
+            assert hf_models.served_calls(other) and torch.equal(other(hf_models.prompt()).logits, expected)
 
 
 @pytest.mark.parametrize("family", A_FEW)
@@ -244,7 +230,7 @@ def test_an_expert_of_other_modules_is_handed_back(change, when):
         block, x = _block(model), torch.randn(2, 9, 64)
         got = block(x)
     assert torch.equal(got[0], _block(same)(x)[0])
-    assert _served(model) == [TOKENS]  # the other layer
+    assert hf_models.served_calls(model) == [TOKENS]  # the other layer
 
 
 @torch.no_grad()
@@ -275,7 +261,7 @@ def test_weights_are_those_of_the_call(family):
     for own, its in zip(model.parameters(), other.parameters(), strict=True):
         own.data = its.data.clone()
     assert torch.equal(model(hf_models.prompt()).logits, expected)
-    assert _served(model.bfloat16()) == [TOKENS] * hf_models.MOE_LAYERS
+    assert hf_models.served_calls(model.bfloat16()) == [TOKENS] * hf_models.MOE_LAYERS
 
 
 @torch.no_grad()

@@ -146,28 +146,14 @@ def test_the_bits_depend_on_the_token_alone(family):
 
 
 @torch.no_grad()
-def _served(model) -> list[int]:
-    with hf_models.counted_kernel_calls() as served:
-        model(hf_models.prompt())
-    return served
-
-
-def _left_on(model):
-    return [
-        (name, type(module), {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, dict)})
-        for name, module in model.named_modules()
-    ]
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("family", hf_outside.MODELS)
 def test_patched_models_generate_what_they_generate(family):
     model = hf_outside.build(family)
-    expected, before = model(hf_models.prompt()).logits, _left_on(model)
+    expected, before = model(hf_models.prompt()).logits, hf_models.left_on(model)
     own = model.generate(hf_models.prompt(), max_new_tokens=6, do_sample=False)
     names = [row.name for row in warpdecode.hf.explain(model)]
     assert warpdecode.hf.patch(model, strict=True) is model
-    assert _served(model) == [hf_models.PROMPT[0] * hf_models.PROMPT[1]] * hf_models.MOE_LAYERS
+    assert hf_models.served_calls(model) == [hf_models.PROMPT[0] * hf_models.PROMPT[1]] * hf_models.MOE_LAYERS
     assert torch.allclose(model(hf_models.prompt()).logits, expected, atol=1e-3)
     with hf_models.counted_kernel_calls() as served:
         assert torch.equal(model.generate(hf_models.prompt(), max_new_tokens=6, do_sample=False), own)
@@ -176,7 +162,7 @@ def test_patched_models_generate_what_they_generate(family):
     assert [row.name for row in rows] == names
     assert {(row.path, row.reason, row.E, row.H) for row in rows} == {("warp_decode", "patched", E, 64)}
     assert warpdecode.hf.unpatch(model) is model
-    assert _left_on(model) == before and not _served(model)
+    assert hf_models.left_on(model) == before and not hf_models.served_calls(model)
     assert torch.equal(model(hf_models.prompt()).logits, expected)
 
 
@@ -196,24 +182,24 @@ def test_state_copies_and_files(family):
         for parameter in model.parameters():
             parameter.zero_()
         for other in (twin, loaded):
-            assert _served(other) and torch.equal(other(hf_models.prompt()).logits, expected)
+            assert hf_models.served_calls(other) and torch.equal(other(hf_models.prompt()).logits, expected)
     warpdecode.hf.unpatch(twin)
-    assert not _served(twin) and _served(loaded)
+    assert not hf_models.served_calls(twin) and hf_models.served_calls(loaded)
     assert all(type(a) is type(b) for a, b in zip(twin.modules(), hf_outside.build(family).modules(), strict=True))
 
 
 @pytest.mark.parametrize("family", hf_outside.MODELS)
 def test_a_scope_ends_with_what_was_before_it(family):
     model = hf_outside.build(family)
-    before = _left_on(model)
+    before = hf_models.left_on(model)
     with warpdecode.hf.patched(model):
-        assert _served(model)
+        assert hf_models.served_calls(model)
         with warpdecode.hf.patched(model, strict=True), pytest.raises(WarpDecodeFallbackError):
             model.requires_grad_(True)(hf_models.prompt())
         with pytest.warns(WarpDecodeFallbackWarning):  # strict no more
             model(hf_models.prompt())
-    assert _left_on(model) == before
-    assert not _served(model.requires_grad_(False))
+    assert hf_models.left_on(model) == before
+    assert not hf_models.served_calls(model.requires_grad_(False))
 
 
 @pytest.mark.parametrize("family", hf_outside.MODELS)
@@ -229,7 +215,7 @@ def test_what_cannot_be_served_is_said_and_takes_the_own_forward(family):
     if family != "dbrx":  # whose own forward cannot run under autocast
         match = "autocast to torch.bfloat16 is on|hidden_states is torch.bfloat16"
         with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(WarpDecodeFallbackWarning, match=match):
-            assert not _served(model)
+            assert not hf_models.served_calls(model)
 
 
 @torch.no_grad()
@@ -243,7 +229,9 @@ def test_weights_are_those_of_the_call(family):
     for (_, own), (_, its) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         own.data = its.data.clone()  # other memory: a copy made by the patch would be stale
     assert torch.equal(model(hf_models.prompt()).logits, expected)
-    assert _served(model.bfloat16()) == [hf_models.PROMPT[0] * hf_models.PROMPT[1]] * hf_models.MOE_LAYERS
+    assert (
+        hf_models.served_calls(model.bfloat16()) == [hf_models.PROMPT[0] * hf_models.PROMPT[1]] * hf_models.MOE_LAYERS
+    )
 
 
 @torch.no_grad()
@@ -262,12 +250,14 @@ def test_hooks_that_wrap_forward_before_or_after():
     hooks.add_hook_to_module(before, Counting())
     warpdecode.hf.patch(model, strict=True)
     hooks.add_hook_to_module(after, Counting())
-    assert len(_served(model)) == 2 and calls == [before, after]
+    assert len(hf_models.served_calls(model)) == 2 and calls == [before, after]
     warpdecode.hf.unpatch(model)
-    assert not _served(model) and len(calls) == 4
+    assert not hf_models.served_calls(model) and len(calls) == 4
     hooks.remove_hook_from_module(before)
     hooks.remove_hook_from_module(after)
-    assert not _served(model) and len(_served(warpdecode.hf.patch(model, strict=True))) == 2
+    assert (
+        not hf_models.served_calls(model) and len(hf_models.served_calls(warpdecode.hf.patch(model, strict=True))) == 2
+    )
 
 
 def test_a_forward_on_the_instance_is_not_overlooked():

@@ -10,32 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-from .gate import EXPERTS_ARGUMENTS
 from .registries import FP8Experts
 
 # Of the classes that `replaced.py` makes: their modules' form, and the class that was there before.
 FORM, BASE = "_warpdecode_form", "_warpdecode_base"
 OUTSIDE = "its class does not use transformers' experts interface (@use_experts_implementation)"
 
-# The attributes in which transformers' decorator says how a class stores its weights: the standard value, the argument
-# of `warpdecode.Experts` that says the other one, and what that means. Older releases lack the last.
+# The attributes in which transformers' decorator says how a class stores its weights: the standard value, and the
+# arguments of `warpdecode.Experts` that say the other one. Biases are weights, and come with them.
 _LAYOUT = (
-    ("has_gate", True, {"has_gate": False}, "it has no gate projection (has_gate=False)"),
-    (
-        "is_transposed",
-        False,
-        {"is_transposed": True},
-        "its weights are stored transposed, (E, H, 2I) and (E, I, H) (is_transposed=True)",
-    ),
-    (
-        "is_concatenated",
-        True,
-        {"is_interleaved": True},
-        "its gate and up rows are interleaved (is_concatenated=False)",
-    ),
-    # The values of these two are weights, and come with them.
-    ("has_bias", False, {"gate_up_bias": None, "down_bias": None}, "its projections have biases (has_bias=True)"),
-    ("has_post_expert_norm", False, None, "it normalises each expert's output (has_post_expert_norm=True)"),
+    ("has_gate", True, {"has_gate": False}),
+    ("is_transposed", False, {"is_transposed": True}),
+    ("is_concatenated", True, {"is_interleaved": True}),
 )
 
 
@@ -128,10 +114,8 @@ class Interface(Form):
     def against(self, module):
         if is_fp8(module):
             return "its weights are block-scaled FP8 (or FP4), and there is no kernel for them"
-        for attribute, standard, arguments, meaning in _LAYOUT:
-            known = arguments is not None and arguments.keys() <= EXPERTS_ARGUMENTS
-            if not known and getattr(module, attribute, standard) != standard:
-                return meaning
+        if getattr(module, "has_post_expert_norm", False):
+            return "it normalises each expert's output (has_post_expert_norm=True)"
         return None
 
     def names(self, module):
@@ -145,9 +129,9 @@ class Interface(Form):
 
     def arguments(self, module):
         found = {}
-        for attribute, standard, arguments, _ in _LAYOUT:
+        for attribute, standard, arguments in _LAYOUT:
             if getattr(module, attribute, standard) != standard:
-                found |= {name: value for name, value in arguments.items() if value is not None}
+                found |= arguments
         return found
 
     def gate(self, module):

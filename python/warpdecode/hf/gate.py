@@ -6,15 +6,11 @@ small grid and compared with a table of known gates, whose parameters (a limit, 
 new gate is a row of the table; it is served as soon as `warpdecode.Experts` takes its arguments.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
-from .. import Experts
-from ..ops import ACTIVATIONS
 
 # Gate values: dense where the activations bend and where erf- and tanh-gelu differ most (4.7e-4 near 2.2), then sparse
 # and large, because a clamp (limits of 7 and 10 are in use) shows only beyond its limit.
@@ -27,9 +23,6 @@ _UPS = [-1e5, -1e3, -100.0, -12.0, -1.0, -0.25, 0.0, 0.5, 1.0, 3.0, 12.0, 100.0,
 # rounding of tanh near -1. 2^-18 leaves room for fast exponentials and for a limit read off with six digits, and is
 # still a hundred times below erf- against tanh-gelu.
 _TOLERANCE = 2.0**-18
-
-# What this version of the library takes: a gate or a layout that it does not know is handed back with its name.
-EXPERTS_ARGUMENTS = frozenset(inspect.signature(Experts).parameters)
 
 
 class Gate(NamedTuple):
@@ -190,14 +183,5 @@ def _look_up(g: torch.Tensor, u: torch.Tensor, got: torch.Tensor) -> Gate:
         expected, product = known.compute(g, u, **parameters)
         # NaN compares false, so a gate that yields one is never recognised.
         if bool(((got - expected).abs() <= _TOLERANCE * product.abs().clamp(min=1e-3)).all()):
-            return _accepted(known, parameters)
+            return Gate(known.arguments | parameters, None)
     return Gate(None, "its gate computes none of the known ones: " + "; ".join(dict.fromkeys(k.formula for k in GATES)))
-
-
-def _accepted(known: _Known, parameters: dict[str, float]) -> Gate:
-    """The gate, with the reason when this version's `warpdecode.Experts` does not take its arguments."""
-    arguments = known.arguments | parameters
-    if known.arguments["activation"] in ACTIVATIONS and arguments.keys() <= EXPERTS_ARGUMENTS:
-        return Gate(arguments, None)
-    values = "".join(f", {name} {value:g}" for name, value in parameters.items())
-    return Gate(arguments, f"its gate computes {known.formula}{values}, and there is no kernel for it")
