@@ -60,21 +60,24 @@ __global__ void __launch_bounds__(32 * kMaxSlots)
   const int first_row = blockIdx.x * kRows;
   const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
-  // weight and biases now, not at the end, where nothing would hide their way from memory
+  // now, not at the end, where nothing would hide their way from memory
   const float weight = expert >= 0 ? weight_at(args.topk_weights, args.topk_weights_dtype, first_route + slot) : 0.0f;
   if (expert >= 0) {
     float bias[Rows::kTiles][2];
+    auto look_up = [&](bool given) {
 #pragma unroll
-    for (int tile = 0; tile < Rows::kTiles; tile++)
+      for (int tile = 0; tile < Rows::kTiles; tile++)
 #pragma unroll
-      for (int high = 0; high < 2; high++) {
-        const int row = first_row + row_in_warp<Rows>(tile, high);
-        bias[tile][high] = row < s.hidden ? bias_at(args.down_bias, expert, row) : -0.0f;
-      }
+        for (int high = 0; high < 2; high++) {
+          const int row = first_row + row_in_warp<Rows>(tile, high);
+          bias[tile][high] = given && row < s.hidden ? bias_at(args.down_bias, expert, row) : -0.0f;
+        }
+    };
     const T *column = (const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate;
     float c[Rows::kTiles][2][1][4];
     direct_dot<T, 2, AHEAD>(c, DownRows<Rows>::of(args, expert, first_row), column, s.intermediate, s.intermediate,
                             rings + slot * direct_bytes<Rows, 2, AHEAD>(), [&] {
+                              look_up(args.down_bias.data || args.down_bias.pointers);
                               if (dependent) wait_for_previous_grid();
                             });
     if (lane % 4 == 0) { // all columns are the same route

@@ -22,7 +22,8 @@ constexpr int kDirectWarps = 2; // of a block, each with neurons of its own
 
 // grid (warps of an expert / kDirectWarps, routes), block 32 * kDirectWarps
 template <class T, class Neurons, int AHEAD>
-__global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const __grid_constant__ wd_gate_up_args args) {
+__global__ void __launch_bounds__(32 * kDirectWarps)
+    gate_up_direct(const __grid_constant__ wd_gate_up_args args, bool plain) {
   using Rows = typename Neurons::Rows;
   extern __shared__ __align__(128) uint8_t rings[];
   allow_next_grid();
@@ -31,34 +32,34 @@ __global__ void __launch_bounds__(32 * kDirectWarps) gate_up_direct(const __grid
   const int warp = threadIdx.x / 32;
   const int expert = expert_of(args.topk_ids, s.id_bytes, route, s.experts);
   if (expert < 0) return;
-  const Neurons own(args, expert, blockIdx.x * kDirectWarps + warp);
+  Neurons own(args, plain, expert, blockIdx.x * kDirectWarps + warp);
   if (own.first >= s.intermediate) return;
   float c[Rows::kTiles][1][1][4];
   direct_dot<T, 1, AHEAD>(c, own.rows, (const T *)args.hidden_states + route / s.top_k * s.hidden, 0, s.hidden,
-                          rings + warp * direct_bytes<Rows, 1, AHEAD>(), [] {});
+                          rings + warp * direct_bytes<Rows, 1, AHEAD>(), [&] { own.look_up(); });
   own.store(c, 1, [&](int) { return route; }); // all columns are the same route: the first is stored
 }
 
 // The block's neurons against 8*TILES routes. routes: the list, `count` of it valid (>= 1).
 template <class T, class Neurons, class Sizes, int TILES>
-__device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, int expert, const int32_t *routes,
-                                               int count, uint32_t ring) {
+__device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, bool plain, int expert,
+                                               const int32_t *routes, int count, uint32_t ring) {
   const wd_moe_shape &s = args.shape;
-  const Neurons own(args, expert, blockIdx.x * Sizes::kWarps + threadIdx.x / 32);
+  Neurons own(args, plain, expert, blockIdx.x * Sizes::kWarps + threadIdx.x / 32);
   float c[Neurons::Rows::kTiles][1][TILES][4];
   block_dot<T, Sizes, TILES, 1>(
       c, own.rows,
       [&](int i, int) {
         return i < count ? (const T *)args.hidden_states + (int64_t)(routes[i] / s.top_k) * s.hidden : nullptr;
       },
-      s.hidden, ring, [] {});
+      s.hidden, ring, [&] { own.look_up(); });
   if (own.first < s.intermediate) own.store(c, count, [&](int i) { return (int64_t)routes[i]; });
 }
 
 // grid (warps of an expert / warps, experts, splits of long lists), block Sizes::kThreads
 template <class T, class Neurons, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, 2)
-    gate_up_grouped(const __grid_constant__ wd_gate_up_args args, RouteLists lists) {
+    gate_up_grouped(const __grid_constant__ wd_gate_up_args args, bool plain, RouteLists lists) {
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ int32_t searched[kSearchedRoutes], warp_counts[Sizes::kWarps];
   allow_next_grid();
@@ -69,11 +70,11 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
   for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
     const int left = min(Sizes::kRoutes, count - first);
     if (Sizes::kTiles > 2 && left > 16)
-      gate_up_routes<T, Neurons, Sizes, Sizes::kTiles>(args, expert, routes + first, left, shared);
+      gate_up_routes<T, Neurons, Sizes, Sizes::kTiles>(args, plain, expert, routes + first, left, shared);
     else if (Sizes::kTiles > 1 && left > 8)
-      gate_up_routes<T, Neurons, Sizes, Sizes::kMiddleTiles>(args, expert, routes + first, left, shared);
+      gate_up_routes<T, Neurons, Sizes, Sizes::kMiddleTiles>(args, plain, expert, routes + first, left, shared);
     else
-      gate_up_routes<T, Neurons, Sizes, 1>(args, expert, routes + first, left, shared);
+      gate_up_routes<T, Neurons, Sizes, 1>(args, plain, expert, routes + first, left, shared);
   }
 }
 
@@ -84,7 +85,7 @@ template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args 
   return choose_ahead<Rows, 1>(blocks * routes, kDirectWarps, [&](auto ahead) {
     return launch_shared<gate_up_direct<T, Neurons, ahead>>(
         "gate_up_direct", dim3(blocks, (unsigned)routes), dim3(32 * kDirectWarps),
-        kDirectWarps * direct_bytes<Rows, 1, ahead>(), stream, false, args);
+        kDirectWarps * direct_bytes<Rows, 1, ahead>(), stream, false, args, is_plain(args));
   });
 }
 
@@ -95,7 +96,7 @@ wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, c
       "gate_up_grouped",
       dim3((warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps, s.experts, list_splits(s)),
       dim3(Sizes::kThreads), Sizes::kAhead * Sizes::template slot_bytes<typename Neurons::Rows>(1), stream, false, args,
-      lists);
+      is_plain(args), lists);
 }
 
 // Rings as deep as two or three blocks an SM leave room for.

@@ -14,28 +14,30 @@ __device__ __forceinline__ void store_value(const wd_gate_up_args &args, int64_t
   split_intermediate<T>(gated(gate, up, args.gating), out, out + intermediate);
 }
 
-// Calls serve(tile, j, route, weight) for this lane's two columns of each tile, as far as there are routes.
+// Calls serve(tile, j, route) for this lane's two columns of each tile, as far as there are routes.
 template <int TILES, class RouteOf, class Serve>
-__device__ __forceinline__ void each_column(const wd_gate_up_args &args, int count, RouteOf route_of, Serve serve) {
+__device__ __forceinline__ void each_column(int count, RouteOf route_of, Serve serve) {
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int column = 8 * tile + threadIdx.x % 4 * 2 + j;
       if (column >= count) continue;
-      const int64_t route = route_of(column);
-      serve(tile, j, route, weight_at(args.topk_weights, args.topk_weights_dtype, route));
+      serve(tile, j, (int64_t)route_of(column));
     }
+}
+__device__ __forceinline__ float weight_of(const wd_gate_up_args &args, int64_t route) {
+  return weight_at(args.topk_weights, args.topk_weights_dtype, route);
 }
 
 // Weights as rows: a tile of 8 gate rows and their 8 up rows; where there is no up, 16 gate rows.
 template <class T> struct PlainNeurons {
   using Rows = PlainRows<T>;
   const wd_gate_up_args &args;
-  const bool has_up;
-  const int first, neuron; // of the warp, of the lane's low row
+  const bool plain, has_up;        // is_plain()
+  const int expert, first, neuron; // the last two: of the warp, of the lane's low row
   const Rows rows;
-  float low_bias, high_bias; // loaded now, not at the end, where nothing would hide their way from memory
+  float low_bias, high_bias;
 
   static __host__ __device__ int of_warp(const wd_gate_up_args &args) {
     return args.gating.has_up ? 8 : 16;
@@ -49,9 +51,14 @@ template <class T> struct PlainNeurons {
   static __device__ __forceinline__ int existing(const wd_gate_up_args &args, int first) {
     return args.gating.has_up || first + 8 < args.shape.intermediate ? 16 : 8;
   }
-  __device__ __forceinline__ PlainNeurons(const wd_gate_up_args &args, int expert, int warp)
-      : args(args), has_up(args.gating.has_up), first(warp * of_warp(args)), neuron(first + threadIdx.x % 32 / 4),
-        rows(rows_from(args, expert, first)) {
+  __device__ __forceinline__ PlainNeurons(const wd_gate_up_args &args, bool plain, int expert, int warp)
+      : args(args), plain(plain), has_up(args.gating.has_up), expert(expert), first(warp * of_warp(args)),
+        neuron(first + threadIdx.x % 32 / 4), rows(rows_from(args, expert, first)) {
+  }
+  // Once the first rows are on their way: before them every instruction delays the call, at the end nothing would hide
+  // the biases' way from memory.
+  __device__ __forceinline__ void look_up() {
+    if (plain) return;
     low_bias = rows.rows > 0 ? bias_at(args.gate_bias, expert, neuron) : -0.0f;
     high_bias = rows.rows < 16 ? -0.0f
                 : has_up       ? bias_at(args.up_bias, expert, neuron)
@@ -59,7 +66,18 @@ template <class T> struct PlainNeurons {
   }
   template <int TILES, class RouteOf>
   __device__ __forceinline__ void store(const float (&c)[1][1][TILES][4], int count, RouteOf route_of) const {
-    each_column<TILES>(args, count, route_of, [&](int tile, int j, int64_t route, float weight) {
+    if (plain) {
+      const int intermediate = args.shape.intermediate;
+      each_column<TILES>(count, route_of, [&](int tile, int j, int64_t route) {
+        T *out = (T *)args.intermediate + route * 2 * intermediate + neuron;
+        split_intermediate<T>(
+            plain_gated(c[0][0][tile][j], c[0][0][tile][2 + j], args.gating.activation == WD_ACTIVATION_GELU_TANH), out,
+            out + intermediate);
+      });
+      return;
+    }
+    each_column<TILES>(count, route_of, [&](int tile, int j, int64_t route) {
+      const float weight = weight_of(args, route);
       const float low = finished(c[0][0][tile][j], weight, low_bias);
       const float high = finished(c[0][0][tile][2 + j], weight, high_bias);
       store_value<T>(args, route, neuron, low, high);
@@ -93,9 +111,11 @@ template <class T, int TILES_OF_ROWS> struct TransposedNeurons {
     const int neuron = first + 8 * (up ? piece - M : piece);
     return neuron < args.shape.intermediate ? rows_of<T>(up ? args.up : args.gate, expert) + neuron : nullptr;
   }
-  __device__ __forceinline__ TransposedNeurons(const wd_gate_up_args &args, int expert, int warp)
+  __device__ __forceinline__ TransposedNeurons(const wd_gate_up_args &args, bool, int expert, int warp)
       : args(args), expert(expert), first(warp * of_warp(args)),
         rows(piece_of(args, expert, first), args.gate.k_stride, args.shape.hidden) {
+  }
+  __device__ __forceinline__ void look_up() {
   }
   __device__ __forceinline__ float gate_bias(int neuron) const {
     return neuron < args.shape.intermediate ? bias_at(args.gate_bias, expert, neuron) : -0.0f;
@@ -116,7 +136,8 @@ template <class T, int TILES_OF_ROWS> struct TransposedNeurons {
       const bool has_up = args.gating.has_up;
       const int low = first + 8 * m + g, high = has_up ? low : first + 8 * (M + m) + g;
       const float low_bias = gate_bias(low), high_bias = has_up ? up_bias(high) : gate_bias(high);
-      each_column<TILES>(args, count, route_of, [&](int tile, int j, int64_t route, float weight) {
+      each_column<TILES>(count, route_of, [&](int tile, int j, int64_t route) {
+        const float weight = weight_of(args, route);
         const float one = finished(c[m][0][tile][j], weight, low_bias);
         const float two = finished(c[m][0][tile][2 + j], weight, high_bias);
         if (low < args.shape.intermediate) store_value<T>(args, route, low, one, two);
@@ -138,7 +159,7 @@ template <class T, int TILES_OF_ROWS> struct TransposedNeurons {
       const int column = 8 * tile + threadIdx.x % 4 * 2 + odd;
       if (column >= count || neuron >= args.shape.intermediate) continue;
       const int64_t route = route_of(column);
-      const float weight = weight_at(args.topk_weights, args.topk_weights_dtype, route);
+      const float weight = weight_of(args, route);
       store_value<T>(args, route, neuron, finished(odd ? other : first_column, weight, gate_bias),
                      finished(odd ? second_column : other, weight, up_bias));
     }
