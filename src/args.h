@@ -80,10 +80,8 @@ typedef struct {
 
 typedef struct {
   wd_moe_shape shape;
-  int32_t activation;        /* wd_activation */
   const void *hidden_states; /* [T, H] */
   const void *topk_ids;      /* [T, K] */
-  const void *gate_up_proj;  /* [E, 2I, H], where that is the layout */
   void *intermediate;        /* [T, K, P, I] */
   void *scratch;             /* the scratch bytes of this kernel family for this shape, contents undefined */
   wd_matrix gate, up;        /* I rows of H each; up only where gating.has_up */
@@ -99,7 +97,6 @@ typedef struct {
   const void *intermediate; /* [T, K, P, I] */
   const void *topk_ids;     /* [T, K] */
   const void *topk_weights; /* [T, K]; NULL: each is 1, because gate_up had them */
-  const void *down_proj;    /* [E, H, I], where that is the layout */
   void *output;             /* [T, H] */
   void *scratch;  /* as above; behind gate_up of the same call the scratch that it had, else with room behind it for an
                    * intermediate, each row padded to a multiple of 32 values */

@@ -164,10 +164,8 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
   const int on_input = experts->given.weight_on_input;
   if (c->hidden_states != NULL) {
     const wd_gate_up_args args = {.shape = shape,
-                                  .activation = experts->gating.activation,
                                   .hidden_states = rows_from(c->hidden_states, first),
                                   .topk_ids = rows_from(c->topk_ids, first),
-                                  .gate_up_proj = experts->gate.data,
                                   .intermediate = intermediate,
                                   .scratch = scratch,
                                   .gate = experts->gate,
@@ -188,7 +186,6 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
                                .intermediate = intermediate,
                                .topk_ids = rows_from(c->topk_ids, first),
                                .topk_weights = on_input ? NULL : weights,
-                               .down_proj = experts->down.data,
                                .output = rows_from(c->output, first),
                                .scratch = scratch,
                                .down = experts->down,
