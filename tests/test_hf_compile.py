@@ -11,6 +11,7 @@ import cases
 import hf_models
 import warpdecode.hf
 from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
+from warpdecode.hf.layer import cuda_serves
 from warpdecode.ops import ACTIVATIONS
 
 
@@ -302,6 +303,13 @@ def _generate_batch(model, prompts) -> list[list[int]]:
     tokens = [results[key].generated_tokens for key in sorted(results, key=lambda key: int(key.split("_")[-1]))]
     assert len(tokens) == len(prompts) and all(len(row) == 5 for row in tokens)
     return tokens
+
+
+def test_whether_cuda_is_usable_can_be_asked_while_tracing():
+    # Asked for weights on CUDA alone, and so never by the tests that run without a GPU.
+    expected = 2.0 if warpdecode.cuda_usable()[0] else 3.0
+    asked = torch.compile(lambda x: x + (1 if cuda_serves()[0] else 2), fullgraph=True, backend="eager")
+    assert asked(torch.ones(1)).item() == expected
 
 
 # ---- what cannot hold the operator

@@ -46,10 +46,16 @@ def weights_against(names, weights) -> str | None:
                 "must be the same"
             )
     if first.device.type == "cuda":
-        usable, sentence = cuda_usable()
+        usable, sentence = cuda_serves()
         if not usable:
             return f"its weights are on {first.device}, and {sentence.rstrip('.')}"
     return None
+
+
+# torch.compile cannot trace a call of the C library, nor need it: the answer stays for the life of the process.
+@torch.compiler.assume_constant_result
+def cuda_serves() -> tuple[bool, str]:
+    return cuda_usable()
 
 
 def _weight_against(name: str, weight) -> str | None:
