@@ -1,17 +1,15 @@
-// copies.cuh - rows through shared memory: asynchronous copies, a step of 64 values at a time.
-//
-// A step is 128 bytes of a row, a whole line of the L2 cache.
+// copies.cuh - rows through shared memory: asynchronous copies, a step of some values of k at a time.
 #pragma once
 #include "common.cuh"
 
 namespace wd {
 
-constexpr int kStep = 2 * kChunk, kStepBytes = 2 * kStep;
+constexpr int kStep = 2 * kChunk, kStepBytes = 2 * kStep; // where 128 bytes of a row are a step
 
-// Where piece `piece` (16 bytes) of row `row` lies in rows of kStepBytes, so that neither the copies (a row at a time)
-// nor the reads (two rows, half of each) meet in a bank.
-__device__ __forceinline__ int place_of(int row, int piece) {
-  return row * kStepBytes + (piece ^ row % 2 * 4) * 16;
+// Where piece `piece` (16 bytes) of row `row` lies in rows of `bytes`, a multiple of 128, so that neither the copies (a
+// row at a time) nor the reads (two rows, four pieces of each) meet in a bank.
+__host__ __device__ __forceinline__ constexpr int place_of(int row, int piece, int bytes) {
+  return row * bytes + (piece ^ row % 2 * 4) * 16;
 }
 
 // A number as a type, for lambdas.

@@ -1,6 +1,6 @@
 // direct.cuh - the dot products of a warp with one route: rows and column through a ring in shared memory.
 //
-// A lane copies where the rows lie, reads what a product wants (rows.cuh). The ring holds AHEAD steps of 64 values: at
+// A lane copies where the rows lie, reads what a product wants (rows.cuh). The ring holds AHEAD steps: at
 // T = 1 an SM has five or six warps, so each must have several kilobytes on its way. Not in registers: where loads
 // cross a loop's end ptxas gives them one scoreboard, and waits for the youngest with the oldest.
 #pragma once
@@ -12,12 +12,14 @@ namespace wd {
 
 // Bytes of a warp's ring.
 template <class Rows, int PARTS, int AHEAD> __host__ __device__ constexpr size_t direct_bytes() {
-  return (size_t)AHEAD * (Rows::kStepBytesOfWarp + PARTS * kStepBytes);
+  return (size_t)AHEAD * (Rows::kStepBytesOfWarp + PARTS * 2 * Rows::kStep);
 }
 
 // Calls launch(Constant<AHEAD>). As many steps ahead as let all blocks of an SM have their rings at once, but no more
-// than 150 KB of weights on their way to an SM: beyond that they only wait behind each other (down of Qwen3-30B-A3B at
-// T = 1, alone: 10.7 us with 196 KB, 9.4 with 131). Where the blocks are too many for that, two of them.
+// than 150 KB of weights on their way to an SM: beyond that they only wait behind each other, and leave no room for the
+// blocks of the next grid (gate_up of Phi-3.5-MoE at T = 1 with three steps a warp, 170 KB: the layer took 80.6 us,
+// with two 76.7). Where the blocks are too many for that, all of them with short rings,
+// or, with longer ones, two at a time.
 template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t blocks, int warps, Launch launch) {
   constexpr int64_t kOnTheirWay = 150 << 10;
   int sms, limit;
@@ -30,14 +32,14 @@ template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t bl
   const auto suits = [&](int ahead, size_t ring) {
     return room(ring, at_once) && at_once * warps * ahead * Rows::kStepBytesOfWarp <= kOnTheirWay;
   };
-  if constexpr (Rows::kTiles == 1) { // where a step is 2 KB
-    if (suits(12, direct_bytes<Rows, PARTS, 12>())) return launch(Constant<12>());
-    if (suits(8, direct_bytes<Rows, PARTS, 8>())) return launch(Constant<8>());
-  }
   if (suits(6, direct_bytes<Rows, PARTS, 6>())) return launch(Constant<6>());
   if (suits(4, direct_bytes<Rows, PARTS, 4>())) return launch(Constant<4>());
-  if (room(direct_bytes<Rows, PARTS, 3>(), at_once)) return launch(Constant<3>());
+  if (suits(3, direct_bytes<Rows, PARTS, 3>())) return launch(Constant<3>());
+  if (suits(2, direct_bytes<Rows, PARTS, 2>())) return launch(Constant<2>());
+  if (room(direct_bytes<Rows, PARTS, 2>(), at_once)) return launch(Constant<2>());
   if (room(direct_bytes<Rows, PARTS, 4>(), 2)) return launch(Constant<4>());
+  if (room(direct_bytes<Rows, PARTS, 3>(), 2)) return launch(Constant<3>());
+  if (room(direct_bytes<Rows, PARTS, 2>(), 2)) return launch(Constant<2>());
   if (room(direct_bytes<Rows, PARTS, 3>(), 1)) return launch(Constant<3>());
   return launch(Constant<2>()); // 16 slots where a block has 99 KB
 }
@@ -57,14 +59,15 @@ inline wd_status long_lines(bool *serves, int64_t rows) {
 template <class T, int PARTS, int AHEAD, class Rows, class Before>
 __device__ __forceinline__ void direct_dot(float (&c)[Rows::kTiles][PARTS][1][4], const Rows &rows, const T *column,
                                            int64_t part_stride, int length, uint8_t *ring, Before before_columns) {
-  constexpr int kRowBytes = Rows::kStepBytesOfWarp, kSlotBytes = kRowBytes + PARTS * kStepBytes;
-  const int lane = threadIdx.x % 32, chunks = chunks_of(length), steps = (chunks + 1) / 2;
+  constexpr int kStep = Rows::kStep, kColumnBytes = 2 * kStep, kPieces = kColumnBytes / 16, kChunks = kStep / kChunk;
+  constexpr int kRowBytes = Rows::kStepBytesOfWarp, kSlotBytes = kRowBytes + PARTS * kColumnBytes;
+  const int lane = threadIdx.x % 32, chunks = chunks_of(length), steps = (chunks + kChunks - 1) / kChunks;
   const uint32_t base = shared_address(ring), column_arrival = base + kRowBytes + lane * 16,
                  column_own = base + kRowBytes + lane % 4 * 16;
-  const T *values = column + lane / 8 * part_stride + lane % 8 * 8;
+  const T *values = column + lane / kPieces * part_stride + lane % kPieces * 8;
   auto copy_column = [&](int step, uint32_t slot) {
-    if (lane < 8 * PARTS)
-      copy_ahead(column_arrival + slot, values + step * kStep, step * kStep + lane % 8 * 8 < length);
+    if (lane < kPieces * PARTS)
+      copy_ahead(column_arrival + slot, values + step * kStep, step * kStep + lane % kPieces * 8 < length);
   };
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
@@ -84,38 +87,43 @@ __device__ __forceinline__ void direct_dot(float (&c)[Rows::kTiles][PARTS][1][4]
         c[tile][part][0][i] = 0.0f;
   uint32_t slot = 0;
   for (int step = 0; step < steps; step++) {
-    Operand a[2][Rows::kTiles];
-    uint4 b[2][PARTS];
     await_copies<AHEAD - 1>();
     __syncwarp();
 #pragma unroll
-    for (int chunk = 0; chunk < 2; chunk++) {
-      rows.read(a[chunk], chunk, base + slot);
+    for (int pair = 0; pair < kChunks; pair += 2) {
+      Operand a[2][Rows::kTiles];
+      uint4 b[2][PARTS];
 #pragma unroll
-      for (int part = 0; part < PARTS; part++)
-        b[chunk][part] = load_shared(column_own + slot + part * kStepBytes + chunk * 64);
+      for (int chunk = 0; chunk < 2; chunk++) {
+        rows.read(a[chunk], pair + chunk, base + slot);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          b[chunk][part] = load_shared(column_own + slot + part * kColumnBytes + (pair + chunk) * 64);
+      }
+      if (pair + 2 == kChunks) { // all is read: the next takes its place
+        __syncwarp();
+        if (step + AHEAD < steps) {
+          rows.copy(step + AHEAD, base + slot);
+          copy_column(step + AHEAD, slot);
+        }
+        close_copies();
+      }
+#pragma unroll
+      for (int chunk = 0; chunk < 2; chunk++) {
+        if (kChunks * step + pair + chunk >= chunks) continue; // a product of zeros could turn a sum of -0 into +0
+#pragma unroll
+        for (int tile = 0; tile < Rows::kTiles; tile++)
+#pragma unroll
+          for (int part = 0; part < PARTS; part++)
+            Element<T>::mma(c[tile][part][0], a[chunk][tile].first, b[chunk][part].x, b[chunk][part].y);
+#pragma unroll
+        for (int tile = 0; tile < Rows::kTiles; tile++)
+#pragma unroll
+          for (int part = 0; part < PARTS; part++)
+            Element<T>::mma(c[tile][part][0], a[chunk][tile].second, b[chunk][part].z, b[chunk][part].w);
+      }
     }
-    __syncwarp();
-    if (step + AHEAD < steps) {
-      rows.copy(step + AHEAD, base + slot);
-      copy_column(step + AHEAD, slot);
-    }
-    close_copies();
     slot = slot + kSlotBytes == AHEAD * kSlotBytes ? 0 : slot + kSlotBytes;
-#pragma unroll
-    for (int chunk = 0; chunk < 2; chunk++) {
-      if (2 * step + chunk >= chunks) continue; // a product of zeros could turn a sum of -0 into +0
-#pragma unroll
-      for (int tile = 0; tile < Rows::kTiles; tile++)
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-          Element<T>::mma(c[tile][part][0], a[chunk][tile].first, b[chunk][part].x, b[chunk][part].y);
-#pragma unroll
-      for (int tile = 0; tile < Rows::kTiles; tile++)
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-          Element<T>::mma(c[tile][part][0], a[chunk][tile].second, b[chunk][part].z, b[chunk][part].w);
-    }
   }
 }
 

@@ -28,11 +28,11 @@ constexpr int kMaxSlots = WD_CUDA_DIRECT_MAX_TOP_K;
 
 // The rows of a warp, and the weights for them.
 template <class Rows> struct DownRows;
-template <class T> struct DownRows<PlainRows<T>> {
-  static __device__ __forceinline__ PlainRows<T> of(const wd_down_args &args, int expert, int first) {
+template <class T, int STEP> struct DownRows<PlainRows<T, STEP>> {
+  static __device__ __forceinline__ PlainRows<T, STEP> of(const wd_down_args &args, int expert, int first) {
     const T *rows = rows_of<T>(args.down, expert) + first * args.down.row_stride;
-    return PlainRows<T>(rows, rows + 8 * args.down.row_stride, args.down.row_stride, args.shape.hidden - first,
-                        args.shape.intermediate);
+    return PlainRows<T, STEP>(rows, rows + 8 * args.down.row_stride, args.down.row_stride, args.shape.hidden - first,
+                              args.shape.intermediate);
   }
 };
 template <class T, int TILES> struct DownRows<TransposedRows<T, TILES>> {
@@ -142,12 +142,13 @@ template <class T, class Rows, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, 2)
     down_grouped(const __grid_constant__ wd_down_args args, RouteLists lists, bool dependent) {
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ int32_t searched[kSearchedRoutes], warp_counts[Sizes::kWarps];
+  __shared__ int32_t warp_counts[Sizes::kWarps];
+  int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<Rows>(2));
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
-  const int expert = blockIdx.y;
+  int expert;
   const int32_t *routes;
-  const int count = routes_of(expert, s, args.topk_ids, lists, searched, warp_counts, &routes);
+  const int count = serve_routes(blockIdx.y, s, args.topk_ids, lists, searched, warp_counts, &routes, &expert);
   const uint32_t shared = shared_address(ring);
   bool wait = dependent;
   for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
@@ -181,11 +182,11 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles * Sizes::kWarps;
   return launch_shared<down_grouped<T, Rows, Sizes>>(
-      "down_grouped", dim3((s.hidden + kRows - 1) / kRows, s.experts, list_splits(s)), dim3(Sizes::kThreads),
-      Sizes::kAhead * Sizes::template slot_bytes<Rows>(2), stream, dependent, args, lists, dependent);
+      "down_grouped", dim3((s.hidden + kRows - 1) / kRows, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
+      Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream, dependent, args, lists, dependent);
 }
 
-// The ring as deep as leaves room for two or three blocks an SM; GPUs with 99 KB for a block have one of three steps.
+// The ring as deep as leaves room for two to five blocks an SM; GPUs with 99 KB for a block have shorter ones.
 template <class T>
 wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
@@ -194,15 +195,13 @@ wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists,
     if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<2, 1, 4>>(args, lists, dependent, stream);
     return launch_grouped<T, Rows, GroupedSizes<2, 2, 4>>(args, lists, dependent, stream);
   }
-  using Rows = PlainRows<T>;
-  using Deep = GroupedSizes<8, 4, 4>;
-  int limit;
-  WD_TRY(shared_memory_of_block(&limit));
-  if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<4, 1, 4>>(args, lists, dependent, stream);
+  using Rows = PlainRows<T, 64>;
+  if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<4, 1, 5>>(args, lists, dependent, stream);
   if (routes_an_expert(s, 6)) return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
-  if (Deep::kAhead * Deep::slot_bytes<Rows>(2) + 8192 <= limit)
-    return launch_grouped<T, Rows, Deep>(args, lists, dependent, stream);
-  return launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream);
+  bool deep;
+  WD_TRY((has_room<GroupedSizes<8, 4, 4>, Rows>(&deep, s, 2)));
+  return deep ? launch_grouped<T, Rows, GroupedSizes<8, 4, 4>>(args, lists, dependent, stream)
+              : launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream);
 }
 
 constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on their way together
@@ -254,7 +253,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   WD_TRY(serves_dependent_launch(&early_launch));
   const bool dependent = behind_gate_up && early_launch;
   if (schedule == WD_CUDA_DIRECT) {
-    if (args.down.k_stride == 1) return launch_direct<T, PlainRows<T>>(args, dependent, stream);
+    if (args.down.k_stride == 1) return launch_direct<T, PlainRows<T, 128>>(args, dependent, stream);
     bool lines;
     WD_TRY(long_lines(&lines, (int64_t)s.hidden * s.tokens * s.top_k));
     return lines ? launch_direct<T, TransposedRows<T, 4>>(args, dependent, stream)

@@ -61,11 +61,12 @@ template <class T, class Neurons, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, 2)
     gate_up_grouped(const __grid_constant__ wd_gate_up_args args, bool plain, RouteLists lists) {
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ int32_t searched[kSearchedRoutes], warp_counts[Sizes::kWarps];
+  __shared__ int32_t warp_counts[Sizes::kWarps];
+  int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<typename Neurons::Rows>(1));
   allow_next_grid();
-  const int expert = blockIdx.y;
+  int expert;
   const int32_t *routes;
-  const int count = routes_of(expert, args.shape, args.topk_ids, lists, searched, warp_counts, &routes);
+  const int count = serve_routes(blockIdx.y, args.shape, args.topk_ids, lists, searched, warp_counts, &routes, &expert);
   const uint32_t shared = shared_address(ring);
   for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
     const int left = min(Sizes::kRoutes, count - first);
@@ -94,12 +95,12 @@ wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, c
   const wd_moe_shape &s = args.shape;
   return launch_shared<gate_up_grouped<T, Neurons, Sizes>>(
       "gate_up_grouped",
-      dim3((warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps, s.experts, list_splits(s)),
-      dim3(Sizes::kThreads), Sizes::kAhead * Sizes::template slot_bytes<typename Neurons::Rows>(1), stream, false, args,
-      is_plain(args), lists);
+      dim3((warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps, serving_blocks(s), list_splits(s)),
+      dim3(Sizes::kThreads), Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, false,
+      args, is_plain(args), lists);
 }
 
-// Rings as deep as two or three blocks an SM leave room for.
+// Rings as deep as two to five blocks an SM leave room for; GPUs with 99 KB for a block have shorter ones.
 template <class T>
 wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
@@ -108,17 +109,29 @@ wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lis
     if (routes_an_expert(s, 2)) return launch_grouped<T, Neurons, GroupedSizes<2, 1, 4>>(args, lists, stream);
     return launch_grouped<T, Neurons, GroupedSizes<2, 2, 4>>(args, lists, stream);
   }
-  using Neurons = PlainNeurons<T>;
-  if (routes_an_expert(s, 2)) return launch_grouped<T, Neurons, GroupedSizes<4, 1, 6>>(args, lists, stream);
-  if (routes_an_expert(s, 6)) return launch_grouped<T, Neurons, GroupedSizes<8, 2, 5>>(args, lists, stream);
-  return launch_grouped<T, Neurons, GroupedSizes<8, 4, 4>>(args, lists, stream);
+  using Wide = PlainNeurons<T, 128>;
+  using Narrow = PlainNeurons<T, 64>;
+  if (routes_an_expert(s, 2)) {
+    // Five blocks an SM with two steps each, or four with three.
+    double five, four;
+    const int blocks = (warps_of_expert<Wide>(args) + 3) / 4;
+    WD_TRY(waves_filled(&five, s, blocks, 5));
+    WD_TRY(waves_filled(&four, s, blocks, 4));
+    if (five > four + 0.1) return launch_grouped<T, Wide, GroupedSizes<4, 1, 2>>(args, lists, stream);
+    return launch_grouped<T, Wide, GroupedSizes<4, 1, 3>>(args, lists, stream);
+  }
+  if (!routes_an_expert(s, 6)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, stream);
+  bool deep;
+  WD_TRY((has_room<GroupedSizes<8, 2, 3>, typename Wide::Rows>(&deep, s, 1)));
+  if (deep) return launch_grouped<T, Wide, GroupedSizes<8, 2, 3>>(args, lists, stream);
+  return launch_grouped<T, Narrow, GroupedSizes<8, 2, 5>>(args, lists, stream);
 }
 
 template <class T>
 wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool down_follows, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   if (schedule == WD_CUDA_DIRECT) {
-    if (args.gate.k_stride == 1) return launch_direct<T, PlainNeurons<T>>(args, stream);
+    if (args.gate.k_stride == 1) return launch_direct<T, PlainNeurons<T, 128>>(args, stream);
     bool lines;
     WD_TRY(long_lines(&lines, (args.gating.has_up ? 2 : 1) * s.intermediate * s.tokens * s.top_k));
     return lines ? launch_direct<T, TransposedNeurons<T, 4>>(args, stream)

@@ -31,8 +31,8 @@ __device__ __forceinline__ float weight_of(const wd_gate_up_args &args, int64_t 
 }
 
 // Weights as rows: a tile of 8 gate rows and their 8 up rows; where there is no up, 16 gate rows.
-template <class T> struct PlainNeurons {
-  using Rows = PlainRows<T>;
+template <class T, int STEP> struct PlainNeurons {
+  using Rows = PlainRows<T, STEP>;
   const wd_gate_up_args &args;
   const bool plain, has_up;        // is_plain()
   const int expert, first, neuron; // the last two: of the warp, of the lane's low row

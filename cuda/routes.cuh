@@ -12,6 +12,11 @@ inline bool needs_lists(const wd_moe_shape &s) {
   return s.tokens * s.top_k > kSearchedRoutes;
 }
 
+// Shared memory of a block's own search: a place for each route of the call.
+inline size_t searched_bytes(const wd_moe_shape &s) {
+  return needs_lists(s) ? 0 : (size_t)(s.tokens * s.top_k) * sizeof(int32_t);
+}
+
 // Bytes of the sorted routes (RouteLists), and v[T*K, H] of down behind them in the scratch.
 __host__ __device__ __forceinline__ size_t sorted_routes_span(const wd_moe_shape &s) {
   return ((size_t)(2 + s.experts + 1 + s.tokens * s.top_k) * sizeof(int32_t) + 15) / 16 * 16;
@@ -43,16 +48,30 @@ __device__ __forceinline__ int search_routes(const void *ids, int id_bytes, int 
   return found;
 }
 
-// The routes of `expert` in *routes, and their number: from the sorted lists where there are some, else by a search
-// into `searched` (kSearchedRoutes places of shared memory).
-__device__ __forceinline__ int routes_of(int expert, const wd_moe_shape &s, const void *ids, const RouteLists &lists,
-                                         int32_t *searched, int32_t *warp_counts, const int32_t **routes) {
+// Blocks serve experts, or where there are fewer routes than experts, routes: the first of its expert serves all of it.
+// Blocks of experts without a route would leave soon, too, but keep others from starting that have weights to load.
+inline unsigned serving_blocks(const wd_moe_shape &s) {
+  const int64_t routes = s.tokens * s.top_k;
+  return (unsigned)(routes < s.experts && !needs_lists(s) ? routes : s.experts);
+}
+
+// The routes that a block serves, and their expert: the `index`th of serving_blocks(). The routes are in *routes, their
+// number is returned: from the sorted lists where there are some, else by a search into `searched`
+// (searched_bytes() of shared memory).
+__device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, const void *ids, const RouteLists &lists,
+                                            int32_t *searched, int32_t *warp_counts, const int32_t **routes,
+                                            int *expert) {
+  *expert = index;
   if (lists.offsets) {
-    *routes = lists.routes + lists.offsets[expert];
-    return lists.offsets[expert + 1] - lists.offsets[expert];
+    *routes = lists.routes + lists.offsets[index];
+    return lists.offsets[index + 1] - lists.offsets[index];
   }
   *routes = searched;
-  return search_routes(ids, s.id_bytes, (int)s.tokens * s.top_k, expert, s.experts, searched, warp_counts);
+  const int count = (int)s.tokens * s.top_k;
+  const bool by_route = count < s.experts;
+  if (by_route) *expert = expert_of(ids, s.id_bytes, index, s.experts);
+  const int found = search_routes(ids, s.id_bytes, count, *expert, s.experts, searched, warp_counts);
+  return by_route && (*expert < 0 || searched[0] != index) ? 0 : found;
 }
 
 } // namespace wd

@@ -5,6 +5,8 @@ takes tensors and a string alone, the same for all layers of a model, so that a 
 Outside of compilation a layer is called directly: the dispatcher would cost more than it brings.
 """
 
+import ctypes
+
 import torch
 
 from .call import block_call_against, call_against
@@ -70,16 +72,18 @@ def _known(module, weights) -> tuple[str | None, str]:
     """(reason why the module is not served with such weights, its description)."""
     layer = module.__dict__.get(SLOT)
     if layer is None or layer.gate is None or layer.kinds != kinds_of(weights):
-        return _look_at(module)
+        return _look_at(id(module))
     return layer.reason, layer.description
 
 
 # Both run while tracing and leave nothing in the graph. What they return is part of the compiled code.
 @torch.compiler.assume_constant_result
-def _look_at(module) -> tuple[str | None, str]:
+def _look_at(address: int) -> tuple[str | None, str]:
     """For a module of which nothing is known, or with other weights. It ties the compiled code to this one module, so
-    that a compiled layer would be compiled again for each of the model's: hence what is known is used where it can."""
-    layer, _ = look_at(module)
+    that a compiled layer would be compiled again for each of the model's: hence what is known is used where it can.
+
+    By its id(), which is its address, because torch 2.11 takes only constants here. The caller keeps it alive."""
+    layer, _ = look_at(ctypes.cast(address, ctypes.py_object).value)
     return layer.reason, layer.description
 
 
