@@ -197,7 +197,7 @@ wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists,
   }
   using Rows = PlainRows<T, 64>;
   if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<4, 1, 5>>(args, lists, dependent, stream);
-  if (routes_an_expert(s, 6)) return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
+  if (routes_an_expert(s, 12)) return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
   bool deep;
   WD_TRY((has_room<GroupedSizes<8, 4, 4>, Rows>(&deep, s, 2)));
   return deep ? launch_grouped<T, Rows, GroupedSizes<8, 4, 4>>(args, lists, dependent, stream)

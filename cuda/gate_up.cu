@@ -120,7 +120,7 @@ wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lis
     if (five > four + 0.1) return launch_grouped<T, Wide, GroupedSizes<4, 1, 2>>(args, lists, stream);
     return launch_grouped<T, Wide, GroupedSizes<4, 1, 3>>(args, lists, stream);
   }
-  if (!routes_an_expert(s, 6)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, stream);
+  if (!routes_an_expert(s, 12)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, stream);
   bool deep;
   WD_TRY((has_room<GroupedSizes<8, 2, 3>, typename Wide::Rows>(&deep, s, 1)));
   if (deep) return launch_grouped<T, Wide, GroupedSizes<8, 2, 3>>(args, lists, stream);

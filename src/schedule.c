@@ -7,7 +7,7 @@
 static const wd_kernel cuda_kernels[] = {
     {"cuda_direct", "a warp a route's rows, for few tokens; top_k up to 16", kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, 256 rows a block, for eight tokens an expert and more; compute capability 9.0, up to 512 experts, rows in "
+     "wgmma, 256 rows a block, for twelve tokens an expert and more; compute capability 9.0, up to 512 experts, rows in "
      "one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
@@ -54,14 +54,14 @@ static double bytes_read_again(const wd_moe_shape *s) {
 }
 
 /* Direct has nothing to look up and no launch behind down, 4 to 7 us on an H200, and reads an expert once a route: it
- * is chosen where what it reads again takes no longer than that. From eight routes an expert on: tiled, which prepares
+ * is chosen where what it reads again takes no longer than that. From twelve routes an expert on: tiled, which prepares
  * lists first. Between them, and where tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
     return bytes_read_again(shape) <= (1 << 25);
   case WD_CUDA_TILED:
-    return shape->tokens * shape->top_k >= 8 * (int64_t)shape->experts;
+    return shape->tokens * shape->top_k >= 12 * (int64_t)shape->experts;
   default:
     return 1;
   }
