@@ -16,6 +16,7 @@ from warpdecode.shapes import SHAPES, named_shapes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
+    parser.epilog = "Decode steps of generate() on whole models: python -m warpdecode.bench.end_to_end --help."
     parser.add_argument(
         "--shapes", default="qwen3-30b-a3b",
         help=f"comma-separated: nine, all, random:N (drawn with --seed), or names of {', '.join(SHAPES)}",

@@ -1,98 +1,133 @@
-"""Tokens per second of `generate()`, stock and patched, on a model of a real size with random weights.
+"""Decode steps of `generate()` on models of real sizes with random weights: transformers' experts, ours, and null ones.
 
-    python -m warpdecode.bench.end_to_end --batch 1,8 --new-tokens 64 --output results.jsonl
+    python -m warpdecode.bench.end_to_end --models qwen3-30b-a3b --modes static --output results.jsonl
 
-The model is built from Qwen3-30B-A3B's configuration on the device; no checkpoint is needed, because neither the time
-of a decode step nor the rounding of its logits depends on what the weights say.
+Null experts return their input and read no weights: no kernel can be faster. Variants run in turn in one process, on
+the same weights. A row is the time of a decode step, whose quotient with the batch is tokens per second; the speed of
+the whole call, prompt and first token included, is beside it.
+
+Modes: `static` is generate(cache_implementation="static"), whose step transformers compiles on a GPU, into CUDA graphs;
+`eager` is generate() as it is. Variants: `stock` is what generate() chooses where nobody asks for anything (on a GPU
+batched_mm in decode steps); `eager`, `batched_mm` and `grouped_mm` are transformers' implementations by their names;
+`patched` is warpdecode.hf.patch(model, strict=True); `null`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import gc
 import json
-import statistics
+import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
-import warpdecode.hf
 from warpdecode.bench import environment
-
-REPEATS = 7
-QWEN3_30B_A3B = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768, "norm_topk_prob": True, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-}  # fmt: skip
+from warpdecode.bench.decode_rounds import Settings, measure
+from warpdecode.bench.random_models import MODELS, build
+from warpdecode.bench.variants import DEFAULT, NAMES, model_of, registered
 
 
-def build(layers: int, device: str):
-    """The model in bfloat16, random weights, made on the device."""
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(num_hidden_layers=layers, **QWEN3_30B_A3B)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def tokens_per_second(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, torch.Tensor]:
-    """One greedy generation of exactly new_tokens per row."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    torch.cuda.synchronize()
-    return prompt.shape[0] * new_tokens / (time.perf_counter() - start), out
-
-
-def measure(model, batch: int, new_tokens: int, prompt_tokens: int) -> dict:
-    """Stock and patched, both speeds and how far the logits of the same text are apart."""
-    vocabulary = model.config.vocab_size
-    prompt = torch.randint(0, vocabulary, (batch, prompt_tokens), device=model.device)
-    speeds = {"stock": [], "patched": []}
-    for repeat in range(REPEATS + 1):  # in turn, because the host's speed drifts; the first round warms up
-        for name, scope in (
-            ("stock", contextlib.nullcontext()),
-            ("patched", warpdecode.hf.patched(model, strict=True)),
-        ):
-            with scope, torch.no_grad():
-                speed, text = tokens_per_second(model, prompt, new_tokens)
-                if repeat:
-                    speeds[name].append(speed)
-                elif name == "stock":
-                    stock_text, stock_logits = text, model(text, logits_to_keep=8).logits.float()
-                else:
-                    patched_text, patched_logits = text, model(stock_text, logits_to_keep=8).logits.float()
-    difference = (stock_logits - patched_logits).abs()
-    stock, patched = (statistics.median(values) for values in speeds.values())
-    return {
-        "batch": batch, "new_tokens": new_tokens, "stock_tokens_per_second": stock,
-        "patched_tokens_per_second": patched, "speedup": patched / stock, "tokens_per_second": speeds,
-        "largest_logit_difference": difference.max().item(), "logit_standard_deviation": stock_logits.std().item(),
-        "equal_tokens": (stock_text == patched_text)[:, prompt_tokens:].float().mean().item(),
-    }  # fmt: skip
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--batch", default="1,8")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m warpdecode.bench.end_to_end",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    settings = Settings()
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default %(default)s)")
+    parser.add_argument("--modes", default=",".join(DEFAULT), help="comma-separated (default %(default)s)")
+    parser.add_argument("--batch", default="1,8,32", help="comma-separated numbers of rows (default %(default)s)")
+    parser.add_argument(
+        "--variants", default=None,
+        help="comma-separated: " + ", ".join(NAMES) + "; default: "
+        + "; ".join(f"in mode {mode} {', '.join(names)}" for mode, names in DEFAULT.items()),
+    )  # fmt: skip
+    parser.add_argument("--layers", type=int, default=None, help="instead of the model's own number")
+    parser.add_argument(
+        "--new-tokens", type=int, default=settings.new_tokens,
+        help="of a generation (default %(default)s), fewer where it would take more than --seconds",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=settings.most_seconds, help="see there (default %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=settings.prompt_tokens, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=settings.rounds, help="generations timed (default %(default)s)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", default=None, help="recorded in the rows (default: the source tree's own)")
     parser.add_argument("--output", default=None, help="append the rows to this file as JSON lines")
-    args = parser.parse_args()
-    model = build(args.layers, "cuda")
-    print(warpdecode.hf.explain(model))
-    for batch in args.batch.split(","):
-        row = measure(model, int(batch), args.new_tokens, args.prompt_tokens)
-        row = {"model": f"qwen3-30b-a3b, {args.layers} layers, random", **row, "environment": environment("cuda")}
-        print(json.dumps(row), flush=True)
-        if args.output:
-            with open(args.output, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    return parser
+
+
+def _chosen(option: str, text: str, known) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--{option} was {', '.join(unknown)}, expected some of {', '.join(known)}")
+    return names
+
+
+def rows(args: argparse.Namespace, sizes: dict, compile_config=None) -> Iterator[dict]:
+    """The rows of all models, modes and batches. sizes: what of a model's configuration is to differ."""
+    names, modes = _chosen("models", args.models, MODELS), _chosen("modes", args.modes, DEFAULT)
+    variants = _chosen("variants", args.variants, NAMES) if args.variants else None
+    batches = [int(text) for text in args.batch.split(",")]
+    if args.new_tokens < 2 or args.rounds < 1 or min(batches) < 1:
+        raise ValueError("--new-tokens must be at least 2, --rounds and --batch at least 1")
+    settings = Settings(args.new_tokens, args.prompt_tokens, args.rounds, args.seconds, compile_config)
+    start = time.perf_counter()
+    with registered():
+        for name in names:
+            overrides = {**sizes, **({"num_hidden_layers": args.layers} if args.layers else {})}
+            model = build(name, args.device, **overrides)
+            common = {"model": name, "layers": model.config.num_hidden_layers, "device": args.device}
+            for mode in modes:
+                models = {variant: model_of(model, variant) for variant in variants or DEFAULT[mode]}
+                for batch in batches:
+                    where = f"{name}, {mode}, batch {batch}"
+                    _say(f"{where} (after {time.perf_counter() - start:.0f} s)")
+                    found = measure(models, mode, batch, settings, lambda text, where=where: _say(f"{where}: {text}"))
+                    yield from ({**common, **row} for row in found)
+                del models
+            del model
+            torch._dynamo.reset()  # compiled steps hold the weights
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _line(row: dict) -> str:
+    name = f"{row['model']} {row['mode']} batch {row['batch']} {row['variant']}"
+    if "failed" in row:
+        return f"{name}: failed: {row['failed']}"
+    speed, step = row["tokens_per_second"], row["step_ms"]["median"]
+    stock = f", {row['ratio_to_stock']:.2f} of stock" if row["ratio_to_stock"] else ""
+    null = f", {row['of_null']:.2f} of null" if row["of_null"] else ""
+    return (
+        f"{name} ({row['implementation']}): {speed['median']:.1f} tokens/s ({speed['p10']:.1f} to {speed['p90']:.1f}), "
+        f"{step:.2f} ms a step{stock}{null}"
+    )
+
+
+def main(argv: list[str] | None = None, sizes: dict | None = None, compile_config=None) -> int:
+    """Command line. Returns the exit code: 0 all rows were measured, 1 some failed, 2 wrong usage."""
+    args = _parser().parse_args(argv)
+    found, failed = environment(args.device, args.commit), False
+    try:
+        for row in rows(args, sizes or {}, compile_config):
+            print(_line(row), flush=True)
+            failed |= "failed" in row
+            if args.output:
+                with open(args.output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({**row, "environment": found}) + "\n")
+    except ValueError as error:
+        print(f"warpdecode.bench.end_to_end: {error}", file=sys.stderr)
+        return 2
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

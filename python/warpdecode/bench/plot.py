@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from warpdecode.bench.report import grouped, rows_of
+from warpdecode.bench.report_parts import grouped, rows_of
 
 _LEFT_OUT = ("read ceiling", "two reads", "gate_up", "down")  # of the fractions: not paths of the whole layer
 

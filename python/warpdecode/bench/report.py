@@ -5,47 +5,15 @@ README holds what this prints, between two markers; a test compares them, so tha
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 from pathlib import Path
 
+from warpdecode.bench.report_generate import generate_table
+from warpdecode.bench.report_parts import conditions, grouped, markdown, rows_of
 from warpdecode.bench.table import SMALL_BYTES, fastest
 
 LONG = 512  # tokens from which a row is of a prompt, not of decode steps: its figure is TFLOP/s
 INVARIANT = "vllm batch-invariant"
-
-
-def rows_of(path: Path) -> list[dict]:
-    """The rows of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def conditions(row: dict) -> str:
-    """GPU or processor, versions and date of a row, as a sentence."""
-    found = row["environment"]
-    where = found.get("gpu") or f"{found['threads']} threads of an {found['processor']} CPU ({found['kernel']})"
-    packages = ["warpdecode", "torch", "transformers"]
-    if any(name.split()[0] == "vllm" for name in row.get("peers", ())):
-        packages.append("vllm")
-    versions = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
-    return f"{where}; {versions}; {found['date']}"
-
-
-def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    """The rows by the values of these keys, in their order."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
-
-
-def markdown(heads: list[str], lines: list[list[str]], first: str = "--:") -> str:
-    """A table; all columns but the first are aligned to the right."""
-    rule = [first, *("--:" for _ in heads[1:])]
-    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "|".join(rule) + "|"]) + "".join(
-        "\n| " + " | ".join(cells) + " |" for cells in lines
-    )
 
 
 def layer_table(rows: list[dict]) -> str:
@@ -179,34 +147,12 @@ def _errors(rows: list[dict]) -> str:
     return f"Error against FP64, in units of the output's own rounding: {', '.join(found)}."
 
 
-def _spread(row: dict, which: str) -> str:
-    speeds = row["tokens_per_second"][which]
-    return f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})"
-
-
-def end_to_end_table(rows: list[dict]) -> str:
-    """Tokens per second of generate(), stock and patched."""
-    lines = [
-        f"`generate()` of {rows[0]['model']} weights, bfloat16, greedy, eager, {rows[0]['new_tokens']} new tokens, "
-        f"medians of {len(rows[0]['tokens_per_second']['stock'])} rounds in turn; {conditions(rows[0])}.",
-        "",
-        "| batch | stock, tokens/s | patched, tokens/s | ratio | largest logit difference (deviation) |",
-        "|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['batch']} | {_spread(row, 'stock')} | {_spread(row, 'patched')} | "
-            f"{row['speedup']:.2f} | {row['largest_logit_difference']:.3f} ({row['logit_standard_deviation']:.2f}) |"
-        )
-    return "\n".join(lines)
-
-
 def report(folder: Path) -> str:
     """The tables of all result files in a folder."""
     parts = []
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: (path.stem == "cpu", path.stem)):
         rows = rows_of(path)
-        parts.append(end_to_end_table(rows) if "model" in rows[0] else layer_table(rows))
+        parts.append(generate_table(rows) if "model" in rows[0] else layer_table(rows))
     return "\n\n".join(parts)
 
 
