@@ -78,6 +78,7 @@ def test_no_peers_no_parts(tmp_path, capsys):
         (["--shapes", "random:0"], "--shapes was random:0, expected"),
         (["--peers", "sglang"], "--peers was sglang, expected none or some of transformers, vllm, vllm-invariant"),
         (["--tokens", "1,many"], "--tokens invalid literal"),
+        (["--layouts", "transposed,packed"], "--layouts was packed, expected all or some of transposed, interleaved"),
     ],
 )
 def test_wrong_options_are_refused(argv, sentence, capsys):

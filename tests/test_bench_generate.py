@@ -35,11 +35,15 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    """torch warns of every cached function of transformers that it traces."""
+def calm():
+    """torch warns of every cached function of transformers that it traces; and such small models need no threads, which
+    a busy machine makes them wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         yield
+    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 

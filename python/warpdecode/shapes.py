@@ -41,6 +41,9 @@ SHAPES = {
         Shape("ernie4.5-21b", 64, 6, 2560, 1536),
         Shape("nemotron-h-like", 128, 6, 2688, 1856),
         Shape("jamba-mini", 16, 2, 4096, 14336),
+        Shape("gpt-oss-20b", 32, 4, 2880, 2880),
+        Shape("gpt-oss-120b", 128, 4, 2880, 2880),
+        Shape("llama-4-scout", 16, 1, 5120, 8192),
     )
 }
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 
+from warpdecode.bench import layouts
 from warpdecode.shapes import SHAPES, named_shapes
 
 
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", default=None,
         help="comma-separated: transformers, vllm, vllm-invariant; or none (default: all that can be imported)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layouts", default="",
+        help="other layouts of the same bytes, timed beside the standard one: all, or comma-separated "
+        + "; ".join(f"{name} ({what})" for name, what in layouts.NAMES.items()),
     )  # fmt: skip
     parser.add_argument("--no-parts", action="store_true", help="leave the two kernels alone out")
     parser.add_argument("--no-profile", action="store_true", help="do not record which CUDA kernels ran")
@@ -69,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         tokens = [int(text) for text in args.tokens.split(",")]
         option = "--peers"
         peer_names = peers.chosen(args.peers, device)
+        option = "--layouts"
+        layout_names = layouts.chosen(args.layouts)
     except ValueError as error:
         print(f"warpdecode bench: {option} {error}", file=sys.stderr)
         return 2
@@ -76,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     found = environment(device, args.commit)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     print(f"peers: {', '.join(peer_names) or 'none'}")
-    columns = table.columns(kernels, parts=not args.no_parts, peers=peer_names)
+    columns = table.columns(kernels, parts=not args.no_parts, peers=peer_names, layouts=layout_names)
     complete = True
-    with Runner(device, kernels, peer_names, args) as runner:
+    with Runner(device, kernels, peer_names, layout_names, args) as runner:
         for shape in shapes:
             for dtype in args.dtypes.split(","):
                 print(f"\n{shape}, {dtype}, {args.routing} routing, {device}; medians in microseconds")

@@ -9,6 +9,7 @@ import torch
 
 import warpdecode
 from warpdecode._ffi import check, ffi, lib, new_struct
+from warpdecode.bench import layouts
 from warpdecode.bench.layers import Layers
 from warpdecode.frameworks import adapter_of
 from warpdecode.slots import Slot
@@ -39,11 +40,19 @@ def _described(layers: Layers, kernel: str | None) -> list:
 
 def layer(layers: Layers, inputs: list, kernel: str | None) -> Candidate:
     """The whole layer, by the kernel that the library would choose or by a row of its table."""
-    described = _described(layers, kernel)
+    return _whole(layers, _described(layers, kernel), inputs, required=kernel is None)
+
+
+def in_layout(layers: Layers, inputs: list, layout: str) -> Candidate:
+    """The whole layer in another layout, by the kernel that the library would choose."""
+    return _whole(layers, layouts.described(layers, layout), inputs, required=False)
+
+
+def _whole(layers: Layers, described: list, inputs: list, *, required: bool) -> Candidate:
     return Candidate(
         [lambda i=i, call=call: described[i % layers.copies](*call) for i, call in enumerate(inputs)],
         flops(layers, len(inputs[0][0])),
-        required=kernel is None,
+        required=required,
     )
 
 

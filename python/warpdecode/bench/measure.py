@@ -8,6 +8,7 @@ from warpdecode.bench import candidates as ours
 from warpdecode.bench import peer_vllm, peers
 from warpdecode.bench.kernels_seen import kernels_seen, unexpected
 from warpdecode.bench.layers import Layers
+from warpdecode.bench.layouts import label
 from warpdecode.bench.machine import clocks
 from warpdecode.bench.reference import reference, relative, sample
 from warpdecode.bench.timers import CpuTimer, CudaTimer, reason
@@ -17,20 +18,20 @@ _warned: set[str] = set()
 
 def measure(
     shape, dtype_name, tokens_list, device, routing, kernels, *,
-    repeats=None, peers=True, seed=0, parts=False, eager=False, profile=False,
+    repeats=None, peers=True, seed=0, parts=False, eager=False, profile=False, layouts=(),
 ):  # fmt: skip
     """Yields one row (a dict, ready for JSON) per number of tokens.
 
     kernels: rows of the library's table to force and time, too. peers: names of `bench.peers`; True for all that can be
     used in this process, False for none. parts: each kernel alone, too. eager: wall times of eager calls, too. profile:
-    record which CUDA kernels ran.
+    record which CUDA kernels ran. layouts: names of `bench.layouts`, timed beside the standard one.
     """
     dtype = getattr(torch, dtype_name)
     timer = CudaTimer(repeats) if device == "cuda" else CpuTimer(repeats)
     with torch.no_grad():
         layers = Layers(shape, dtype, device, timer.cache_bytes, seed)
         for tokens in tokens_list:
-            yield _row(layers, tokens, routing, timer, kernels, _usable(peers, device), parts, eager, profile)
+            yield _row(layers, tokens, routing, timer, kernels, _usable(peers, device), parts, eager, profile, layouts)
 
 
 def _usable(names, device):
@@ -39,7 +40,7 @@ def _usable(names, device):
     return [name for name in names if name != "vllm-invariant"]  # that one needs a process of its own: child.py
 
 
-def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile):
+def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts):
     shape, device, failed = layers.shape, layers.device, {}
     inputs = layers.inputs(
         tokens, routing, lambda call_bytes: timer.calls(layers.copies, call_bytes, ours.flops(layers, tokens))
@@ -48,6 +49,7 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
     sink = torch.empty(16, dtype=torch.uint8, device=device)
     found = {"warpdecode": ours.layer(layers, inputs, None)}
     found.update((name, ours.layer(layers, inputs, name)) for name in kernels)
+    found.update((label(name), ours.in_layout(layers, inputs, name)) for name in layouts)
     if parts:
         try:
             found.update(ours.parts(layers, inputs))
@@ -73,6 +75,7 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
         "distinct_bytes": round(sum(distinct) / len(distinct) * layers.expert_bytes),
         "gross_bytes": tokens * shape.top_k * layers.expert_bytes,
         "peers": [name for name in peer_candidates if name in times],
+        "layouts": [name for name in layouts if label(name) in times],
         "error": errors.pop("warpdecode"), "peer_errors": {name: errors[name] for name in errors if name in times},
         "rounding_floor": floor,
         "microseconds": times,
@@ -111,13 +114,14 @@ def _errors(layers, first_call, candidates):
 
 
 def derived(row: dict, flops: dict[str, float]) -> dict:
-    """The quotients of a row's times: fractions of the ceilings, ratios to the peers, useful TFLOP/s."""
+    """The quotients of a row's times: fractions of the ceilings, ratios to the peers and layouts, useful TFLOP/s."""
     medians = {name: time["median"] for name, time in row["microseconds"].items()}
     mine = medians["warpdecode"]
     return {
         "of_ceiling": medians["read ceiling"] / mine,
         "of_two_reads": medians["two reads"] / mine,
         "ratios": {name: medians[name] / mine for name in row["peers"]},
+        "layout_ratios": {name: mine / medians[label(name)] for name in row.get("layouts", ())},
         "tflops": {name: flops[name] / medians[name] * 1e-6 for name in medians if flops.get(name)},
     }
 

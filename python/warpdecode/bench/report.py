@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from warpdecode.bench.report_generate import generate_table
+from warpdecode.bench.report_layouts import layouts_table
 from warpdecode.bench.report_parts import conditions, grouped, markdown, rows_of
 from warpdecode.bench.table import SMALL_BYTES, fastest
 
@@ -152,7 +153,10 @@ def report(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: (path.stem == "cpu", path.stem)):
         rows = rows_of(path)
-        parts.append(generate_table(rows) if "model" in rows[0] else layer_table(rows))
+        if "model" in rows[0]:
+            parts.append(generate_table(rows))
+        else:
+            parts.append(layouts_table(rows) if rows[0].get("layouts") else layer_table(rows))
     return "\n\n".join(parts)
 
 

@@ -16,9 +16,9 @@ from warpdecode.shapes import Shape
 class Runner:
     """Measures shapes one after the other. complete: False once a row of this process could not be measured."""
 
-    def __init__(self, device: str, kernels: list[str], peers: list[str], args):
+    def __init__(self, device: str, kernels: list[str], peers: list[str], layouts: list[str], args):
         self.complete = True
-        self._device, self._kernels, self._args = device, kernels, args
+        self._device, self._kernels, self._layouts, self._args = device, kernels, layouts, args
         self._peers = [name for name in peers if name != "vllm-invariant"]
         self._child = Child(INVARIANT) if "vllm-invariant" in peers else None
 
@@ -36,7 +36,7 @@ class Runner:
         try:
             for row in measure(
                 shape, dtype, tokens, self._device, args.routing, self._kernels,
-                peers=self._peers, parts=not args.no_parts, **options,
+                peers=self._peers, parts=not args.no_parts, layouts=self._layouts, **options,
             ):  # fmt: skip
                 if row["tokens"] in apart:
                     merge(row, apart[row["tokens"]], "vllm", INVARIANT_NAME)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from warpdecode.bench.layouts import label
 
 Column = tuple[str, Callable[[dict], str]]
 
@@ -10,12 +12,12 @@ Column = tuple[str, Callable[[dict], str]]
 SMALL_BYTES = 100_000_000
 LEGEND = (
     "ours: p10 to p90 in brackets; of ceiling: read ceiling / ours, and * two reads / ours where less than 100 MB are "
-    "read;\nratio: the peer's time / ours, batch-invariant in its own process; error/floor: ours against FP64, in "
-    "units of the output's own rounding."
+    "read;\nratio: the peer's time / ours, batch-invariant in its own process; of a layout: ours / the layout's; "
+    "error/floor: ours against FP64,\nin units of the output's own rounding."
 )
 
 
-def columns(kernels: list[str], *, parts: bool, peers: list[str]) -> list[Column]:
+def columns(kernels: list[str], *, parts: bool, peers: list[str], layouts: Sequence[str] = ()) -> list[Column]:
     """The table's columns: name, and what to print of a row."""
     found: list[Column] = [
         ("T", lambda row: str(row["tokens"])),
@@ -28,6 +30,11 @@ def columns(kernels: list[str], *, parts: bool, peers: list[str]) -> list[Column
     ]
     names = (["gate_up", "down"] if parts else []) + kernels
     found += [(name, lambda row, name=name: _time(row, name)) for name in names]
+    for name in layouts:
+        found += [
+            (name, lambda row, name=name: _time(row, label(name))),
+            ("ratio", lambda row, name=name: _layout_ratio(row, name)),
+        ]
     if "vllm" in peers:
         found += [("vllm", lambda row: _time(row, "vllm")), ("ratio", lambda row: _ratio(row, "vllm"))]
     if "vllm-invariant" in peers:
@@ -78,6 +85,10 @@ def _fraction(row: dict) -> str:
 
 def _ratio(row: dict, name: str | None) -> str:
     return f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "-"
+
+
+def _layout_ratio(row: dict, name: str) -> str:
+    return f"{row['layout_ratios'][name]:.2f}" if name in row["layouts"] else "-"
 
 
 def _fastest(row: dict) -> str:
