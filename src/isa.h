@@ -59,6 +59,9 @@ typedef void wd_add_scaled_fn(float weight, const float *term, int64_t n, float 
 /* output[j] = sum[j] rounded */
 typedef void wd_narrow_fn(const float *sum, int64_t n, void *output);
 
+/* The xor of `count` words: a plain read of memory (read_cpu.c). */
+typedef uint64_t wd_read_fn(const uint64_t *words, size_t count);
+
 /* The loops that depend on the dtype. */
 typedef struct {
   wd_widen_fn *widen;
@@ -72,6 +75,7 @@ struct wd_cpu_isa {
   const char *description;
   wd_glu_fn *glu;
   wd_add_scaled_fn *add_scaled;
+  wd_read_fn *read;
   wd_isa_loops loops[3]; /* by wd_dtype */
 };
 

@@ -65,6 +65,7 @@ const struct wd_cpu_isa wd_isa_avx2 = {
     .description = "x86-64 with AVX2, FMA and F16C",
     .glu = loops_glu,
     .add_scaled = loops_add_scaled,
+    .read = loops_read,
     .loops = WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16),
 };
 #endif

@@ -68,5 +68,6 @@ const struct wd_cpu_isa wd_isa_generic = {
     .description = "plain C, any CPU",
     .glu = loops_glu,
     .add_scaled = loops_add_scaled,
+    .read = loops_read,
     .loops = WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16),
 };

@@ -136,6 +136,28 @@ static void loops_narrow_bf16(const float *sum, int64_t n, void *output) {
     values[j] = wd_float_to_bf16(sum[j]);
 }
 
+/* Two sums of a cache line each, in the widest registers of the instruction set; every line is prefetched 2 KB ahead,
+ * as the kernels do. Two cores of a Xeon, cold memory: 4.5 ms for 75 MB in AVX-512 and 5.2 in SSE2 while others
+ * read, 2.6 and 2.75 in quiet. Other distances (4 to 16 KB), four sums, and 2 to 16 streams at once were no faster. */
+static uint64_t loops_read(const uint64_t *words, size_t count) {
+  typedef uint64_t line __attribute__((vector_size(64), aligned(8), may_alias));
+  enum { LINE_WORDS = 8, AHEAD_WORDS = 32 * LINE_WORDS };
+  line sum[2] = {{0}, {0}};
+  size_t i = 0;
+  for (; i + 2 * LINE_WORDS <= count; i += 2 * LINE_WORDS) {
+    __builtin_prefetch(words + i + AHEAD_WORDS, 0, 2);
+    __builtin_prefetch(words + i + LINE_WORDS + AHEAD_WORDS, 0, 2);
+    sum[0] ^= *(const line *)(words + i);
+    sum[1] ^= *(const line *)(words + i + LINE_WORDS);
+  }
+  uint64_t all = 0;
+  for (int j = 0; j < LINE_WORDS; j++)
+    all ^= sum[0][j] ^ sum[1][j];
+  for (; i < count; i++)
+    all ^= words[i];
+  return all;
+}
+
 /* The initialiser of wd_cpu_isa.loops around three dot products. */
 #define WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16)                                                                    \
   {                                                                                                                    \

@@ -66,6 +66,7 @@ const struct wd_cpu_isa wd_isa_neon = {
     .description = "AArch64 with Advanced SIMD",
     .glu = loops_glu,
     .add_scaled = loops_add_scaled,
+    .read = loops_read,
     .loops = WD_ISA_LOOPS(dots_f32, dots_f16, dots_bf16),
 };
 #endif

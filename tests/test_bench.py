@@ -117,6 +117,9 @@ def test_rounds_of_calls():
     assert timers.cuda_calls(cache, 1_500_000, 1e6) == 168  # so little that 16 calls would stay in the cache
     assert timers.cuda_calls(cache, 4_000_000_000, 1e10) == 5
     assert timers.cuda_calls(cache, 22_500_000_000, 1.15e13) == 2  # 16384 tokens of DeepSeek-V3
+    cpu = timers.CpuTimer(None)
+    assert cpu.calls(2, cpu.cache_bytes // 2, 1e8) == 8  # cold on the CPU, too
+    assert cpu.calls(2, cpu.cache_bytes // 99, 1e8) == 16 and cpu.calls(40, cpu.cache_bytes, 1e8) == 40
 
 
 @pytest.mark.parametrize("routing", ["uniform", "zipf", "same"])
