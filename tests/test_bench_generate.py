@@ -168,6 +168,15 @@ def test_a_variant_that_fails_is_named_and_the_others_are_measured(tmp_path, cap
     assert "Left out: null at batch 2 (RuntimeError: out of something)." in report(tmp_path)
 
 
+def test_a_step_that_was_to_be_compiled_and_was_not_is_no_figure(tmp_path, capsys):
+    with torch._dynamo.config.patch(disable=True):
+        code, rows = run(
+            tmp_path / "rows.jsonl", "qwen3-30b-a3b", "--modes", "static", "--batch", "2", "--variants", "null"
+        )
+    assert code == 1 and "torch made no graph of it" in rows[0]["failed"]
+    assert "null left out: RuntimeError: its step was to be compiled" in capsys.readouterr().err
+
+
 def test_slow_variants_generate_fewer_tokens(tmp_path):
     _, rows = run(
         tmp_path / "rows.jsonl", "qwen3-30b-a3b", "--modes", "eager", "--batch", "2", "--variants", "stock",

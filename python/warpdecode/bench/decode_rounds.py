@@ -103,6 +103,9 @@ def _warm(variant: _Variant, prompt, static: bool, settings: Settings) -> float:
                 break
         found = _compiled()
         variant.compiled = {name: found[name] - before[name] for name in found} | {"seconds": round(seconds, 1)}
+        if hasattr(variant.model, "_compiled_call") and variant.compiled["graphs"] == 0:
+            # torch gives code up, for all variants, behind one that it cannot compile in one piece
+            raise RuntimeError("its step was to be compiled, and torch made no graph of it: run it without the others")
     return step
 
 
