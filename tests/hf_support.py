@@ -112,7 +112,7 @@ def table(found: list[Verdict]) -> str:
 
 def _cell(reason: str) -> str:
     # The list of known gates is for the reader of a warning.
-    return reason.split(": silu(gate)", maxsplit=1)[0].replace("|", "\\|")
+    return reason.split(": a(gate)", maxsplit=1)[0].replace("|", "\\|")
 
 
 def read(text: str) -> tuple[str, dict[str, str]]:

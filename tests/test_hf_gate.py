@@ -66,10 +66,18 @@ def test_functions_and_torch_s_own_modules():
         assert _gate(_default_apply_gate, act_fn).arguments == {"activation": name}
 
 
-def _clamped(limit):
+def _clamped(limit, activation=torch.nn.functional.silu):
     def gate(self, gate_up):
         gate, up = gate_up.chunk(2, -1)
-        return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        return activation(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+    return gate
+
+
+def _clamped_after(limit, activation):
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return activation(gate).clamp(max=limit) * up.clamp(-limit, limit)
 
     return gate
 
@@ -116,6 +124,17 @@ def _swiglu(alpha, limit):
 @pytest.mark.parametrize("limit", [1.5, 7.0, 10.0, 1e4])
 def test_a_limit_is_read_off_the_gate(limit):
     assert _gate(_clamped(limit)).arguments == {"activation": "silu", "limit": limit}
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "relu", "relu2", "silu"])
+def test_every_activation_is_recognised_with_a_limit(name):
+    # DeepSeek-V4 clamps whatever activation its config names.
+    activation, found = ACT2FN[name], {"activation": RECOGNISED[name], "limit": 1.5}
+    assert _gate(_clamped(1.5, activation)).arguments == found
+    after = _gate(_clamped_after(1.5, activation)).arguments
+    assert after == found | (
+        {} if name == "relu" else {"clamp_after_activation": True}
+    )  # which does not tell them apart
 
 
 @pytest.mark.parametrize("limit", [1.5, 7.0, 12.5])

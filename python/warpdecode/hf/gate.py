@@ -65,21 +65,38 @@ def _silu(g: torch.Tensor) -> torch.Tensor:
     return g * torch.sigmoid(g)
 
 
-def _plain(activation: Callable) -> Callable:
-    return lambda g, u: (activation(g) * u, g * u)
+def _relu2(g: torch.Tensor) -> torch.Tensor:
+    return torch.relu(g) ** 2
+
+
+# name -> (activation, what its size is measured by)
+_ACTIVATIONS = {
+    "silu": (_silu, torch.abs),
+    "gelu_tanh": (_gelu_tanh, torch.abs),
+    "gelu": (_gelu, torch.abs),
+    "relu": (torch.relu, torch.abs),
+    "relu2": (_relu2, torch.square),
+}
+
+
+def _plain(activation: Callable, size: Callable) -> Callable:
+    return lambda g, u: (activation(g) * u, size(g) * u)
+
+
+def _clamped(activation: Callable, size: Callable) -> Callable:
+    def compute(g, u, limit):
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+        return activation(g) * u, size(g) * u
+
+    return compute
+
+
+def _clamped_after(activation: Callable, size: Callable) -> Callable:
+    return lambda g, u, limit: (activation(g).clamp(max=limit) * u.clamp(-limit, limit), size(g) * u)
 
 
 def _swish(g, u, alpha):
     return g * torch.sigmoid(alpha * g) * u, g * u
-
-
-def _clamped_silu(g, u, limit):
-    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-    return _silu(g) * u, g * u
-
-
-def _silu_clamped(g, u, limit):
-    return _silu(g).clamp(max=limit) * u.clamp(-limit, limit), g * u
 
 
 def _clamped_swiglu(g, u, alpha, limit=math.inf):
@@ -119,28 +136,19 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def _of_every_activation(formula: str, compute: Callable, others: dict, *parameters: Callable) -> list[_Known]:
+    return [
+        _Known({"activation": name} | others, formula, compute(*known), *parameters)
+        for name, known in _ACTIVATIONS.items()
+    ]
+
+
 GATES = (
-    _Known({"activation": "silu"}, "silu(gate) * up", _plain(_silu)),
+    *_of_every_activation("a(gate) * up", _plain, {}),
     _Known({"activation": "silu"}, "gate * sigmoid(alpha * gate) * up", _swish, _alpha),
-    _Known({"activation": "gelu_tanh"}, "gelu_tanh(gate) * up", _plain(_gelu_tanh)),
-    _Known({"activation": "gelu"}, "gelu(gate) * up, by erf", _plain(_gelu)),
-    _Known({"activation": "relu"}, "relu(gate) * up", _plain(torch.relu)),
-    _Known(
-        {"activation": "relu2"},
-        "relu(gate)^2 * up",
-        lambda g, u: (torch.relu(g) ** 2 * u, g * g * u),
-    ),
-    _Known(
-        {"activation": "silu"},
-        "silu(min(gate, limit)) * clamp(up, -limit, limit)",
-        _clamped_silu,
-        _limit_of_up,
-    ),
-    _Known(
-        {"activation": "silu", "clamp_after_activation": True},
-        "min(silu(gate), limit) * clamp(up, -limit, limit)",
-        _silu_clamped,
-        _limit_of_up,
+    *_of_every_activation("a(min(gate, limit)) * clamp(up, -limit, limit)", _clamped, {}, _limit_of_up),
+    *_of_every_activation(
+        "min(a(gate), limit) * clamp(up, -limit, limit)", _clamped_after, {"clamp_after_activation": True}, _limit_of_up
     ),
     _Known(
         {"activation": "silu", "up_offset": 1.0},
@@ -184,4 +192,5 @@ def _look_up(g: torch.Tensor, u: torch.Tensor, got: torch.Tensor) -> Gate:
         # NaN compares false, so a gate that yields one is never recognised.
         if bool(((got - expected).abs() <= _TOLERANCE * product.abs().clamp(min=1e-3)).all()):
             return Gate(known.arguments | parameters, None)
-    return Gate(None, "its gate computes none of the known ones: " + "; ".join(dict.fromkeys(k.formula for k in GATES)))
+    formulas = "; ".join(dict.fromkeys(known.formula for known in GATES))
+    return Gate(None, f"its gate computes none of the known ones: {formulas}; a is one of {', '.join(_ACTIVATIONS)}")
