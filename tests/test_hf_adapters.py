@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_models
+import hf_outside
 import warpdecode.hf
 
 peft = pytest.importorskip("peft")
@@ -35,7 +36,7 @@ def _draw(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.normal_(std=0.3, generator=generator)
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
@@ -76,6 +77,41 @@ def test_the_adapter_counts_and_is_never_stale(models):
     assert torch.equal(_assert_alike(models), seen[2])
     for i, first in enumerate(seen):
         assert not any(torch.allclose(first, other, rtol=0.01, atol=0.01) for other in seen[i + 1 :])
+
+
+@torch.no_grad()
+def _experts_calls(model, given=None) -> list[tuple]:
+    """(arguments, output) of each experts module in one forward; `given` are calls whose arguments take the place of
+    the model's own, so that what differs between two models is the experts alone."""
+    calls, rest = [], list(given or [])
+    hooks = []
+    for module in model.modules():
+        if hasattr(type(module), "_apply_gate"):
+            if given is not None:
+                hooks.append(module.register_forward_pre_hook(lambda *_: rest.pop(0)[0]))
+            hooks.append(module.register_forward_hook(lambda _, *call: calls.append(call)))
+    model(hf_models.prompt().to(model.device))
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_on_the_gpu_an_adapted_layer_is_its_own_path_but_for_roundings(models):
+    plain, patched = (model.to("cuda", torch.bfloat16) for model in models)
+    seen = []
+    for seed in (4, 5):
+        for model in (plain, patched):
+            _draw(model, seed)
+        expected = _experts_calls(plain)
+        with hf_models.no_fallback(), hf_models.counted_kernel_calls() as served:
+            got = _experts_calls(patched, expected)
+        assert len(served) == len(got) == len(expected) == hf_models.MOE_LAYERS
+        for (_, ours), (_, own) in zip(got, expected, strict=True):
+            hf_outside.assert_alike(ours, own)
+        seen.append(got[0][1])
+    assert not torch.allclose(*seen, rtol=0.01, atol=0.01)
 
 
 def test_merged_adapters(models):

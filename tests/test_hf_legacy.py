@@ -11,6 +11,7 @@ import torch
 import cases
 import hf_legacy
 import hf_models
+import hf_outside
 import warpdecode.hf
 from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
 
@@ -21,37 +22,26 @@ if not transformers.__version__.startswith("4."):
 TOKENS = hf_models.PROMPT[0] * hf_models.PROMPT[1]
 FAMILIES = sorted(hf_legacy.FAMILIES)
 A_FEW = ["mixtral", "qwen2_moe", "deepseek_v3"]  # of each kind one: a tuple, a shared expert, a method of its own
-NUMBERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-# The own forward rounds each of some eight values where the kernels round one.
-OWN_ROUNDINGS = 8
 
 
 def _block(model: torch.nn.Module) -> torch.nn.Module:
     return next(m for m in model.modules() if isinstance(m._modules.get("experts"), torch.nn.ModuleList))
 
 
-def _output(result):
-    return result[0] if isinstance(result, tuple) else result
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
+@hf_outside.EVERYWHERE
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_is_its_own_forward_but_for_roundings(family, dtype):
-    block = _block(hf_legacy.build(family, dtype))
-    x = torch.randn(3, 5, 64).to(dtype)
+def test_a_block_is_its_own_forward_but_for_roundings(family, device, dtype):
+    block = _block(hf_legacy.build(family, dtype)).to(device)
+    x = torch.randn(3, 5, 64).to(device, dtype)
     own = block(x.clone())
     warpdecode.hf.patch(block, strict=True)
     with hf_models.counted_kernel_calls() as served:
         got = block(x.clone())
-    assert served == [15]
-    assert type(got) is type(own) and _output(got).shape == _output(own).shape and _output(got).dtype == dtype
+    assert served == [15] and type(got) is type(own)
     if isinstance(own, tuple):  # the router's logits: the block's own router, asked once in the same way
         assert len(got) == len(own) and torch.equal(got[1], own[1])
-    # The own output has the dtype's numbers, so what rounding it costs does not show in it: half an eps at most.
-    bound = cases.error_bound(_output(own).double(), dtype) + torch.finfo(dtype).eps / 2
-    assert cases.relative_error(_output(got), _output(own).double()) <= OWN_ROUNDINGS * bound
+    hf_outside.assert_alike(got, own)
 
 
 @torch.no_grad()
@@ -85,13 +75,21 @@ def test_generate(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
-def test_the_experts_are_close_to_fp64(dtype):
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_models_on_the_gpu(family):
+    hf_outside.check_on_the_gpu(hf_legacy.build(family, torch.bfloat16))
+
+
+@torch.no_grad()
+@hf_outside.EVERYWHERE
+def test_the_experts_are_close_to_fp64(device, dtype):
     # DeepSeek's method takes ids and weights, so that what is compared is the experts alone.
-    block = _block(hf_legacy.build("deepseek_v3", dtype))
-    x, ids = torch.randn(9, 64).to(dtype), torch.rand(9, 8).argsort(dim=1)[:, :3].contiguous()
-    weights = torch.rand(9, 3)
-    expected = copy.deepcopy(block).double().moe(x.double(), ids, weights.double())
+    block = _block(hf_legacy.build("deepseek_v3", dtype)).to(device)
+    x, ids = torch.randn(9, 64).to(device, dtype), torch.rand(9, 8).argsort(dim=1)[:, :3].contiguous().to(device)
+    weights = torch.rand(9, 3).to(device)
+    expected = copy.deepcopy(block).double().moe(x.double(), ids, weights.double()).cpu()
     got = warpdecode.hf.patch(block, strict=True).moe(x, ids, weights)
     assert cases.relative_error(got, expected) <= cases.error_bound(expected, dtype)
 
@@ -152,7 +150,7 @@ def test_only_the_router_needs_gradients(family):
     block.gate.weight.requires_grad_(True)
     warpdecode.hf.patch(block)
     with pytest.warns(WarpDecodeFallbackWarning, match=r"gate.weight requires grad"):
-        _output(block(torch.randn(1, 4, 64))).sum().backward()
+        hf_outside.output(block(torch.randn(1, 4, 64))).sum().backward()
     assert block.gate.weight.grad is not None
 
 
@@ -273,7 +271,7 @@ def test_compiled_without_a_graph_break(family):
     expected = block(x)
     with hf_models.counted_kernel_calls() as served:
         got = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
-    assert served == [6] and torch.allclose(_output(got), _output(expected), atol=1e-5)
+    assert served == [6] and torch.allclose(hf_outside.output(got), hf_outside.output(expected), atol=1e-5)
 
 
 def test_what_needs_the_interface_says_so():

@@ -22,9 +22,6 @@ CLASS = re.compile(r"((?:^@.*\n)*)^class (\w*Experts)\(nn\.Module(?:Dict|List)?\
 E, K, H, INTER, T = 8, 3, 72, 40, 11
 ZEROS = 4  # LongCat's identity experts
 
-# The own forward rounds each of some eight values where the kernels round one.
-OWN_ROUNDINGS = 8
-
 
 def _random(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     for name, parameter in module.named_parameters():
@@ -65,44 +62,39 @@ def _llama4():
 
 
 MODULES = {"step3p7": _step3p7, "longcat_flash": _longcat_flash, "dbrx": _dbrx, "llama4": _llama4}
-NUMBERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def _built(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return _random(MODULES[family](), dtype)
+def _built(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
+    return _random(MODULES[family](), dtype).to(device)
 
 
-def _call(family: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    x = torch.randn(T, H).to(dtype)
+def _call(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    x = torch.randn(T, H).to(device, dtype)
     if family == "llama4":
         return (x,)
     ids = torch.rand(T, E + (ZEROS if family == "longcat_flash" else 0)).argsort(dim=1)[:, :K].contiguous()
-    return x.view(1, T, H) if family == "dbrx" else x, ids, torch.rand(T, K).to(dtype)
+    return x.view(1, T, H) if family == "dbrx" else x, ids.to(device), torch.rand(T, K).to(device, dtype)
 
 
 def _doubled(call):
     return tuple(value.double() if value.is_floating_point() else value for value in call)
 
 
-def _output(result):
-    return result[0] if isinstance(result, tuple) else result
-
-
 def _exact(family, module, call):
-    """The own forward in float64. Llama 4's router and shared expert as they are in the module's dtype: what differs
-    is then the experts alone, with the scores that were rounded to that dtype."""
+    """The own forward in float64, brought to the CPU. Llama 4's router and shared expert as they are in the module's
+    dtype: what differs is then the experts alone, with the scores that were rounded to that dtype."""
     if family != "llama4":
-        return copy.deepcopy(module).double()(*_doubled(call))
+        return copy.deepcopy(module).double()(*_doubled(call)).cpu()
     scores, _ = module.router(*call)
     routed = call[0].double().repeat(E, 1) * scores.double().t().reshape(-1, 1)
-    return copy.deepcopy(module.experts).double()(routed).view(E, T, H).sum(0)
+    return copy.deepcopy(module.experts).double()(routed).view(E, T, H).sum(0).cpu()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
+@hf_outside.EVERYWHERE
 @pytest.mark.parametrize("family", MODULES)
-def test_it_is_served_and_close_to_fp64(family, dtype):
-    module, call = _built(family, dtype), _call(family, dtype)
+def test_it_is_served_and_close_to_fp64(family, device, dtype):
+    module, call = _built(family, dtype, device), _call(family, dtype, device)
     if family == "llama4":  # of the sum, the experts' part: their rounding would be lost in the shared expert's
         for parameter in module.shared_expert.parameters():
             parameter.zero_()
@@ -111,21 +103,23 @@ def test_it_is_served_and_close_to_fp64(family, dtype):
     with hf_models.counted_kernel_calls() as served:
         got = module(*call)
     assert served == [T]
-    assert _output(got).dtype == dtype and _output(got).shape == _output(own).shape
+    assert hf_outside.output(got).dtype == dtype and hf_outside.output(got).shape == hf_outside.output(own).shape
+    assert hf_outside.output(got).device.type == device
     bound = cases.error_bound(expected, dtype)
     if family == "longcat_flash":  # the kernels' result is rounded, and then its sum with the identities
         bound = 2 * bound
-    shaped = _output(got).double().view(expected.shape)
-    assert cases.relative_error(shaped, expected) <= bound
-    assert cases.relative_error(_output(own).double().view(expected.shape), expected) <= OWN_ROUNDINGS * bound
+    assert cases.relative_error(hf_outside.output(got).view(expected.shape), expected) <= bound
+    assert (
+        cases.relative_error(hf_outside.output(own).view(expected.shape), expected) <= hf_outside.OWN_ROUNDINGS * bound
+    )
     if family == "llama4":
         assert torch.equal(got[1], own[1])
 
 
 @torch.no_grad()
-def test_llama4_multiplies_before_it_rounds():
+def test_llama4_multiplies_before_it_rounds(device):
     # Its own forward rounds weight times hidden state to bfloat16 first.
-    module, call = _built("llama4", torch.bfloat16), _call("llama4", torch.bfloat16)
+    module, call = _built("llama4", torch.bfloat16, device), _call("llama4", torch.bfloat16, device)
     for parameter in module.shared_expert.parameters():
         parameter.zero_()
     expected, own = _exact("llama4", module, call), module(*call)[0]
@@ -135,10 +129,13 @@ def test_llama4_multiplies_before_it_rounds():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", sorted(MODULES.keys() - {"llama4"}))  # its block has torch's matmuls, too
-def test_the_bits_depend_on_the_token_alone(family):
-    module, call = warpdecode.hf.patch(_built(family, torch.bfloat16), strict=True), _call(family, torch.bfloat16)
-    alone = [_output(module(*(t[:, i : i + 1] if t.dim() == 3 else t[i : i + 1] for t in call))) for i in range(T)]
-    together = _output(module(*call))
+def test_the_bits_depend_on_the_token_alone(family, device):
+    module = warpdecode.hf.patch(_built(family, torch.bfloat16, device), strict=True)
+    call = _call(family, torch.bfloat16, device)
+    alone = [
+        hf_outside.output(module(*(t[:, i : i + 1] if t.dim() == 3 else t[i : i + 1] for t in call))) for i in range(T)
+    ]
+    together = hf_outside.output(module(*call))
     assert torch.equal(torch.cat([a.reshape(1, H) for a in alone]), together.reshape(T, H))
 
 
@@ -164,6 +161,14 @@ def test_patched_models_generate_what_they_generate(family):
     assert warpdecode.hf.unpatch(model) is model
     assert hf_models.left_on(model) == before and not hf_models.served_calls(model)
     assert torch.equal(model(hf_models.prompt()).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("family", hf_outside.MODELS)
+def test_patched_models_on_the_gpu(family):
+    hf_outside.check_on_the_gpu(hf_outside.build(family, torch.bfloat16))
 
 
 @pytest.mark.parametrize("family", hf_outside.MODELS)
@@ -273,20 +278,23 @@ def test_a_forward_on_the_instance_is_not_overlooked():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", hf_outside.MODELS)
-def test_compiled_without_a_graph_break(family):
+def test_compiled_without_a_graph_break(family, device):
     torch._dynamo.reset()
-    model = warpdecode.hf.patch(hf_outside.build(family), strict=True)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = warpdecode.hf.patch(hf_outside.build(family, dtype).to(device), strict=True)
     modules = [m for m in model.modules() if "_warpdecode_policy" in m.__dict__]
     assert len(modules) == hf_models.MOE_LAYERS
-    call = (torch.randn(1, 5, 64),)
+    call = (torch.randn(1, 5, 64).to(device, dtype),)
     if family != "llama4":
-        call = call[0][0], torch.rand(5, E).argsort(dim=1)[:, :K].contiguous(), torch.rand(5, K)
+        ids = torch.rand(5, E).argsort(dim=1)[:, :K].contiguous()
+        call = call[0][0], ids.to(device), torch.rand(5, K).to(device, dtype)
     for module in modules:
         expected = module(*call)
         with hf_models.counted_kernel_calls() as served:
             got = torch.compile(module, fullgraph=True, backend="aot_eager")(*call)
         assert served == [5]
-        assert torch.allclose(_output(got), _output(expected), atol=1e-5)
+        # The same kernels; what is compiled around them may round its steps in another order.
+        hf_outside.assert_alike(got, expected)
 
 
 @torch.no_grad()
@@ -306,9 +314,9 @@ def test_a_class_that_computes_something_else_is_handed_back():
     assert torch.equal(got, expected)
 
 
-# What becomes of every class of experts without transformers' decorator, by its name.
+# What becomes of every class of experts without transformers' decorator, by its name; Aria's has one since 5.18.
 SERVED = {"DbrxExperts", "Llama4TextExperts", "LongcatFlashExperts", "Step3p7Experts"}
-HANDED_BACK = {"JetMoeParallelExperts", "NllbMoeExperts", "SwitchTransformersExperts"}
+HANDED_BACK = {"AriaExperts", "JetMoeParallelExperts", "NllbMoeExperts", "SwitchTransformersExperts"}
 ALWAYS_DENSE = {"InklingSharedExperts"}  # shared experts: nothing is routed
 
 
