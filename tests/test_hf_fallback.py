@@ -59,7 +59,7 @@ def _weights_not_contiguous(layer, inputs):
 
 def _weights_misaligned(layer, inputs):
     weight = layer.gate_up_proj.data
-    layer.gate_up_proj.data = torch.empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight)
+    layer.gate_up_proj.data = weight.new_empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight)
 
 
 def _hidden_size_of_60(layer, inputs):
@@ -209,3 +209,55 @@ def test_weights_on_the_meta_device():
     with hf_models.counted_kernel_calls() as served, hf_models.no_fallback():
         layer(*hf_models.layer_inputs())  # once they are loaded
     assert served
+
+
+def _weights_in_float32(layer, inputs):
+    layer.float()
+    inputs[0] = inputs[0].float()
+
+
+GPU_CALLS = {
+    "weights need gradients": (_weights_need_gradients, nullcontext, "gradients are needed.*down_proj requires grad"),
+    "input needs gradients": (_input_needs_gradients, nullcontext, "gradients are needed.*hidden_states requires grad"),
+    "float32": (_weights_in_float32, nullcontext, r"dtype was float32.*\(float32: CPU only\)"),
+    "float64 routing weights": (_routing_in_float64, nullcontext, "top_k_weights torch.float64"),
+    "misaligned": (_weights_misaligned, nullcontext, "gate_up_proj.*multiple of 16"),
+    "autocast": (
+        _nothing,
+        lambda: torch.autocast("cuda", dtype=torch.float16),
+        "autocast to torch.float16 is on and the weights are torch.bfloat16",
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", GPU_CALLS)
+def test_what_is_not_served_on_the_gpu_takes_the_model_s_own_path(name):
+    change, context, pattern = GPU_CALLS[name]
+    layer = hf_models.experts_layer("eager").to("cuda", torch.bfloat16)
+    inputs = [t.cuda() for t in hf_models.layer_inputs(dtype=torch.bfloat16)]
+    change(layer, inputs)
+    with context():
+        expected = layer(*inputs)
+    with pytest.warns(WarpDecodeFallbackWarning, match=pattern):
+        warpdecode.hf.patch(layer)
+        with context(), hf_models.counted_kernel_calls() as served:
+            got = layer(*inputs)
+    assert not served
+    assert torch.equal(got, expected) and got.requires_grad == expected.requires_grad
+    with pytest.raises(WarpDecodeFallbackError, match=pattern), context():
+        warpdecode.hf.patch(layer, strict=True)(*inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_hidden_states_of_another_dtype_or_device_are_not_read_as_the_weights_on_the_gpu():
+    # The model's own path refuses them, too; what must not happen is an answer.
+    layer = warpdecode.hf.patch(hf_models.experts_layer("eager").to("cuda", torch.bfloat16))
+    inputs = [t.cuda() for t in hf_models.layer_inputs(dtype=torch.bfloat16)]
+    for hidden in (inputs[0].half(), inputs[0].cpu()):
+        said = pytest.warns(WarpDecodeFallbackWarning, match="hidden_states is torch.*they must be the same")
+        with hf_models.counted_kernel_calls() as served, said, pytest.raises(RuntimeError):
+            layer(hidden, *inputs[1:])
+        assert not served
