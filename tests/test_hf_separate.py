@@ -145,6 +145,105 @@ def test_weights_given_other_memory_or_changed_in_place(device):
         before = moved
 
 
+def _hook(part):
+    part.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _pre_hook(part):
+    part.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+class _Doubles(_Expert):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class _Rounds(torch.nn.Linear):
+    def forward(self, x):
+        return torch.round(super().forward(x))
+
+
+def _same_weight(expert):
+    made = _Rounds(1, 1, bias=False)
+    made.weight = expert.down_proj.weight
+    expert.down_proj = made
+
+
+CHANGES = {
+    "a hook on an expert": (lambda block: _hook(block.experts[5]), "experts.5 has hooks"),
+    "a hook on an expert, before": (lambda block: _pre_hook(block.experts[5]), "experts.5 has hooks"),
+    "a hook on a Linear": (lambda block: _hook(block.experts[5].up_proj), "experts.5.up_proj has hooks"),
+    "a hook on an activation": (lambda block: _hook(block.experts[5].act_fn), "experts.5.act_fn has hooks"),
+    "another expert": (
+        lambda block: setattr(block.experts, "5", _built(_HasOther, *KIND).experts[0]),
+        "expert 5 is a _",
+    ),
+    "another class": (lambda block: setattr(block.experts[5], "__class__", _Doubles), "expert 5 is a _Doubles"),
+    "a Linear's class": (
+        lambda block: setattr(block.experts[5].up_proj, "__class__", _Rounds),
+        "experts.5.up_proj is a _Rounds",
+    ),
+    "a Linear with the same weight": (lambda block: _same_weight(block.experts[5]), "experts.5.down_proj is a _Rounds"),
+    "one activation": (
+        lambda block: setattr(block.experts[5], "act_fn", torch.nn.GELU()),
+        r"experts.5.act_fn and experts.0.act_fn are not alike: GELU\(approximate='none'\) and SiLU\(\)",
+    ),
+}
+KIND = torch.bfloat16, "cpu"
+
+
+class _HasOther(_HasMoe):
+    def __init__(self, bias: bool = False):
+        super().__init__(bias)
+        self.experts = torch.nn.ModuleList([_Doubles(bias) for _ in range(E)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("when", ["before the patch", "after it"])
+def test_an_expert_unlike_the_others_is_handed_back(name, when):
+    change, reason = CHANGES[name]
+    block, call = _built(_HasMoe, *KIND), _call(*KIND)
+    if when == "before the patch":
+        change(block)
+        assert reason.split(r"\(")[0] in warpdecode.hf.explain(block)[0].reason
+    with pytest.warns(warpdecode.hf.WarpDecodeFallbackWarning, match=reason):
+        warpdecode.hf.patch(block)
+        if when == "after it":
+            with hf_models.counted_kernel_calls() as served:
+                block.moe(*call)
+            assert served
+            change(block)
+        with hf_models.counted_kernel_calls() as served:
+            got = block.moe(*call)
+    assert not served and torch.equal(got, type(block).moe(warpdecode.hf.unpatch(block), *call))
+
+
+@torch.no_grad()
+def test_activations_of_all_experts_changed_are_seen():
+    block, call = warpdecode.hf.patch(_built(_HasMoe, *KIND), strict=True), _call(*KIND)
+    before = block.moe(*call)
+    for expert in block.experts:
+        expert.act_fn = torch.nn.GELU()
+    with hf_models.counted_kernel_calls() as served:
+        got = block.moe(*call)
+    assert served and not torch.equal(got, before)
+    hf_outside.assert_alike(got, warpdecode.hf.unpatch(block).moe(*call))
+
+
+def test_functions_that_experts_hold_are_compared():
+    block = _built(_HasMoe, *KIND)
+    for expert in block.experts:
+        del expert.act_fn
+        expert.act_fn = functional.silu
+    assert warpdecode.hf.explain(block)[0].reason == "it is not patched; the kernels can serve it"
+    block.experts[5].act_fn = functional.relu
+    assert "experts.5 and experts.0 are not alike" in warpdecode.hf.explain(block)[0].reason
+    block.experts[5].act_fn = functional.silu
+    block.experts[5].forward = lambda x: x
+    assert "experts.5 has hooks or a forward of its own" in warpdecode.hf.explain(block)[0].reason
+
+
 def _captured(run):
     """A CUDA graph of `run()` after one warm-up call on another stream, and its result."""
     stream = torch.cuda.Stream()

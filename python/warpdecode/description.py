@@ -98,7 +98,7 @@ def _check_member(slot: Slot, first: Slot) -> None:
 class Description:
     """The C struct of a layer and what it points to. Never changed once made: running calls may be reading it."""
 
-    __slots__ = ("hidden", "intermediate", "on_cpu", "parts", "struct", "watched")
+    __slots__ = ("_placed", "hidden", "intermediate", "members", "on_cpu", "parts", "struct")
 
     def __init__(self, arrays: dict, properties: dict):
         self.parts = {name: Part(name, array) for name, array in arrays.items()}
@@ -115,15 +115,20 @@ class Description:
         sizes = matrix.shape[matrix.ndim - 2], matrix.shape[matrix.ndim - 1]
         rows, self.hidden = sizes[::-1] if struct.is_transposed == lib.WD_TRANSPOSED_ALL else sizes
         self.intermediate = rows if struct.no_gate or "up_proj" in self.parts else rows // 2
-        self.watched = [
-            (adapter_of(member, slot.name).moved, slot, member)
+        self.members = {
+            slot.name: member
             for part in self.parts.values()
             for slot, member in zip(part.slots, part.members, strict=True)
-        ]
+        }
+        of_adapters = {}
+        for name, member in self.members.items():
+            of_adapters.setdefault(adapter_of(member, name), []).append(member)
+        placed = [(adapter.places, members, adapter.places(members)) for adapter, members in of_adapters.items()]
+        self._placed = [each for each in placed if each[2] is not None]
 
     def holds(self) -> bool:
         """Whether every array is still where it was described."""
-        for moved, slot, member in self.watched:  # noqa: SIM110 - twice as fast as all(), and on every call
-            if moved(slot, member):
+        for places, members, known in self._placed:  # noqa: SIM110 - twice as fast as all(), and on every call
+            if places(members) != known:
                 return False
         return True

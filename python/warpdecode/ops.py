@@ -120,7 +120,7 @@ class Experts:
         self.activation = activation
         self._kernel = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
         self._description = Description(self._arrays, self._properties)
-        self._weights = {slot.name: member for _, slot, member in self._description.watched}  # for the adapter's guard
+        self._weights = self._description.members  # for the adapter's guard
         self._frames: list[_Frame] = []
 
     def matches(self, gate_up_proj, down_proj, **others) -> bool:

@@ -11,7 +11,7 @@ An adapter is a module with these functions:
     finish(output)                what the caller gets for an array that `empty` made
     guard(inputs, weights)        refuse arrays (by name) for which a gradient would have to be recorded
     bind_table(slot, addresses, like)   describe a table of addresses on the device of `like`; returns what owns it
-    moved(slot, array)            whether a weight is no longer what its slot describes
+    places(arrays)                where these weights are, to be compared before each call; None: they never move
 
 Adapters are chosen by the exact type of an array and loaded when the first one arrives, so that no framework is ever
 imported that the caller does not use.

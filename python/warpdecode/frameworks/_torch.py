@@ -10,6 +10,7 @@ _NAMES = {getattr(torch, name): name for name in (
     "float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool",
     "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
 )}  # fmt: skip
+_data_ptr = torch.Tensor.data_ptr
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent in CPU builds of torch
 
 
@@ -51,9 +52,10 @@ def guard(inputs, weights):
                 )
 
 
-def moved(slot, array):
-    """Whether the array is no longer what the slot describes (`parameter.data = ...` keeps the object)."""
-    return array.data_ptr() != slot.address or array.shape != slot.shape
+def places(arrays):
+    """Their addresses and shapes: `parameter.data = ...` keeps the object and changes these. Asked on every call, of
+    hundreds of tensors where each expert has its own, so by the two fastest ways there are."""
+    return list(map(_data_ptr, arrays)), [array.shape for array in arrays]
 
 
 empty_like = torch.empty_like  # several times faster than torch.empty with a shape, a dtype and a device

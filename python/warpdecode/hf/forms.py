@@ -16,6 +16,9 @@ from .registries import FP8Experts
 FORM, BASE = "_warpdecode_form", "_warpdecode_base"
 OUTSIDE = "its class does not use transformers' experts interface (@use_experts_implementation)"
 
+# Who else puts a forward on an instance: accelerate's hooks keep the former one under the second name.
+INSTANCE_FORWARDS = ("forward", "_old_forward")
+
 # The attributes in which transformers' decorator says how a class stores its weights: the standard value, and the
 # arguments of `warpdecode.Experts` that say the other one. Biases are weights, and come with them.
 _LAYOUT = (
@@ -82,6 +85,11 @@ class Form:
     def structure(self, module) -> tuple:
         """What besides the weights was looked at: while it is the same objects, so is the gate."""
         return (module._modules.get("act_fn"),)
+
+    def watch(self, module, weights):
+        """Where looking at the weights and the structure anew takes long: an object whose `sees_no_change()` says
+        quickly whether both are what they were. Otherwise None."""
+        return None
 
     def gate(self, module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """(gates, ups) -> what the module makes of them."""

@@ -77,11 +77,11 @@ class Layer:
 
     __slots__ = (
         "__weakref__", "description", "experts", "form", "gate", "kinds", "lists", "names", "never", "parts", "reason",
-        "structure",
+        "structure", "watch",
     )  # fmt: skip
 
     def __init__(self, module, weights, previous: "Layer | None" = None):
-        self.experts = None
+        self.experts = self.watch = None
         self.gate: Gate | None = None
         self.description = ""
         self.kinds = kinds_of(weights)
@@ -112,7 +112,7 @@ class Layer:
         if not known:
             self.reason = self.form.difference(module, experts)
         if self.reason is None:
-            self.experts = experts
+            self.experts, self.watch = experts, self.form.watch(module, weights)
             _by_address[_addresses(weights)] = self
         else:
             self.gate = None  # to be compared again
@@ -127,7 +127,8 @@ class Layer:
         kept = object.__new__(Layer)
         kept.structure, kept.gate, kept.description = self.structure, self.gate, self.description
         kept.form, kept.names, kept.parts, kept.never = self.form, self.names, self.parts, self.never
-        kept.kinds, kept.reason, kept.experts, kept.lists = self.kinds, self.reason, None, None
+        kept.kinds, kept.reason, kept.experts = self.kinds, self.reason, None
+        kept.lists = kept.watch = None
         return kept
 
     def still_describes(self, module, weights) -> bool:
@@ -178,6 +179,8 @@ def _described(description: str) -> tuple[tuple[Part, ...], dict]:
 def layer_of(module: torch.nn.Module) -> tuple[Layer, tuple]:
     """(the module's layer, its weights as they are now), from what is kept on the module where that still holds."""
     layer = module.__dict__.get(SLOT)
+    if layer is not None and layer.watch is not None and layer.watch.sees_no_change():
+        return layer, layer.lists
     if layer is None:
         form = form_of(module)
         weights, kept = form.weights(module, form.names(module))

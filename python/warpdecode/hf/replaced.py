@@ -12,14 +12,11 @@ import torch
 
 from . import blocks, compiled
 from .config import Policy
-from .forms import BASE, FORM, Form, is_dispatched, own_method
+from .forms import BASE, FORM, INSTANCE_FORWARDS, Form, is_dispatched, own_method
 from .forward import prepared
 
 POLICY = "_warpdecode_policy"  # in module.__dict__, and there only while the module is patched
 OWN_PATH = "its own forward"
-
-# Who else puts a forward on an instance: accelerate's hooks keep the former one under the second name.
-_INSTANCE_FORWARDS = ("forward", "_old_forward")
 
 
 def is_replaced(module: torch.nn.Module) -> bool:
@@ -44,7 +41,7 @@ def restore(module: torch.nn.Module) -> None:
 
 def _change_class(module, to: type) -> None:
     before = type(module)
-    bound = [name for name in _INSTANCE_FORWARDS if _is_bound(module.__dict__.get(name), module, before)]
+    bound = [name for name in INSTANCE_FORWARDS if _is_bound(module.__dict__.get(name), module, before)]
     module.__class__ = to
     for name in bound:
         module.__dict__[name] = types.MethodType(to.forward, module)

@@ -1,20 +1,21 @@
 """The form of a block with one module an expert, as transformers 4 and remote code have them: `experts` is a ModuleList
 of three Linears and an activation each. The kernels take a pointer an expert, so nothing is copied.
 
-Which Linear is which, and the gate, are found by running an expert with stand-ins for its Linears. Where the block has
+Where the block has
 a method `moe(hidden_states, ids, weights)`, that is replaced and its routing stays its own; otherwise its forward is,
 and the routing is one of `blocks.ROUTINGS`.
 """
 
 import inspect
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import Linear
 
 from . import blocks
-from .forms import Form, Part, Unknown, own_method
-from .gate import probe_gate
+from .expert import roles_of, through
+from .forms import INSTANCE_FORWARDS, Form, Part, Unknown, own_method
 
 _LINEARS = 3
 
@@ -67,14 +68,15 @@ class Separate(Form):
         return tuple([Part(argument, i * self.routed, self.routed) for i, argument in enumerate(arguments)])
 
     def structure(self, module):
-        members, linears = module._modules["experts"]._modules, self._linears(module)
-        # On every call, for hundreds of them: lists are the fastest way to ask.
-        hooked = any([each is None or bool(each._forward_hooks or each._forward_pre_hooks) for each in linears])
-        return (hooked, *linears, *map(type, linears), *members.values(), *_others(next(iter(members.values()))))
+        modules = _with_children(module._modules["experts"]._modules.values())
+        return (any(map(_hooked, modules)), *modules, *map(type, modules))
+
+    def watch(self, module, weights):
+        return _Watch(self, module, weights)
 
     def gate(self, module):
         expert = module._modules["experts"][0]
-        return lambda g, u: _through(expert, {self.roles[0]: g, self.roles[1]: u}, self.roles[2])
+        return lambda g, u: through(expert, {self.roles[0]: g, self.roles[1]: u}, self.roles[2])
 
     def sizes(self, module, weights):
         if not weights or weights[0] is None:
@@ -86,6 +88,38 @@ class Separate(Form):
         return self.routed, self.identities
 
 
+class _Watch:
+    """Sees with few steps of Python's own whether a block with hundreds of modules is as it was. It keeps the
+    dictionaries in which torch.nn.Module has its children, parameters and hooks, which are changed in place, and a copy
+    of what was in them. Compared as a whole: what is the same object is equal without a look at it."""
+
+    def __init__(self, form: Separate, module, weights):
+        linears, members = form._linears(module), module._modules["experts"]._modules
+        self._weights, self._block, self._experts = weights, module._modules, module._modules["experts"]
+        self._children = [members, *[each._modules for each in members.values()]]
+        self._known = [dict(children) for children in self._children]
+        self._modules = _with_children(members.values())
+        self._types = list(map(type, self._modules))
+        self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._parameters = [
+            (name, [each._parameters for each in linears[first * form.routed : (first + 1) * form.routed]])
+            for name, roles in (("weight", form.roles), ("bias", form.biased))
+            for first in map(form.roles.index, roles)
+        ]
+
+    def sees_no_change(self) -> bool:
+        return (
+            self._block["experts"] is self._experts
+            and self._children == self._known
+            and list(map(type, self._modules)) == self._types
+            and not any(self._hooks)
+            and all(map(operator.is_, self._now(), self._weights))
+        )
+
+    def _now(self) -> list:
+        return [of_one.get(name) for name, of_all in self._parameters for of_one in of_all]
+
+
 def find(module: torch.nn.Module) -> Form | None:
     """The form of a block with a ModuleList of experts, or None."""
     experts = module._modules.get("experts")
@@ -95,7 +129,7 @@ def find(module: torch.nn.Module) -> Form | None:
     reason = _mixed(members)
     if reason is not None:
         return Unknown(reason)
-    roles = _roles(members[0])
+    roles = roles_of(members[0])
     if isinstance(roles, str):
         return Unknown(roles)
     biased = tuple([role for role in roles if members[0]._modules[role].bias is not None])
@@ -117,9 +151,12 @@ def _members(experts) -> tuple[list[torch.nn.Module], int]:
     return members, identities
 
 
-def _others(expert) -> list:
-    """An expert's activation: what it has besides its Linears."""
-    return [child for child in expert._modules.values() if not isinstance(child, Linear)]
+def _with_children(members) -> list[torch.nn.Module]:
+    return [*members, *[child for member in members for child in member._modules.values() if child is not None]]
+
+
+def _hooked(module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _mixed(members) -> str | None:
@@ -128,81 +165,55 @@ def _mixed(members) -> str | None:
         return "it has no experts but identities"
     first = members[0]
     for i, member in enumerate(members):
-        if type(member) is not type(first) or list(member._modules) != list(first._modules):
-            return f"its expert {i} is a {type(member).__name__} of other parts than expert 0, a {type(first).__name__}"
-        for name, child in member._modules.items():
-            reason = _child_against(f"experts.{i}.{name}", child)
-            if reason is not None:
-                return reason
-            if isinstance(child, Linear) and (child.bias is None) != (first._modules[name].bias is None):
-                return f"experts.{i}.{name} and experts.0.{name} are not alike: one has a bias"
+        reason = _member_against(i, member, first)
+        if reason is not None:
+            return reason
     if sum(type(child) is Linear for child in first._modules.values()) != _LINEARS:
         return f"its experts, {type(first).__name__}, are not three Linears (gate, up and down) and an activation"
     return None
 
 
-def _child_against(name: str, child) -> str | None:
-    if type(child) is Linear:
-        # Hooks of device_map wrap `forward` instead; what they bring to a call is seen by its weights.
-        hooked = child._forward_hooks or child._forward_pre_hooks
-        return f"{name} has hooks, which would not be called" if hooked else None
-    if next(child.parameters(), None) is not None or isinstance(child, Linear):
-        return f"{name} is a {type(child).__name__}, not a plain torch.nn.Linear"
+def _member_against(i: int, member, first) -> str | None:
+    if type(member) is not type(first) or list(member._modules) != list(first._modules):
+        return f"its expert {i} is a {type(member).__name__} of other parts than expert 0, a {type(first).__name__}"
+    if _functions(member) != _functions(first):
+        return f"experts.{i} and experts.0 are not alike: they hold other functions"
+    if _hooked(member) or _has_own_forward(member):
+        return f"experts.{i} has hooks or a forward of its own, which would not be called"
+    for name, child in member._modules.items():
+        reason = None if child is None else _child_against(f"experts.{i}.{name}", child)
+        if reason is None and not _alike(child, first._modules[name]):
+            reason = f"experts.{i}.{name} and experts.0.{name} are not alike: {child} and {first._modules[name]}"
+        if reason is not None:
+            return reason
     return None
 
 
-class _Given(torch.nn.Module):
-    """A stand-in for a Linear: answers the tokens with what is given, and keeps what else it is called with."""
-
-    def __init__(self, tokens, answer):
-        super().__init__()
-        self.tokens, self.answer, self.asked, self.called_with = tokens, answer, False, None
-
-    def forward(self, x):
-        if x is self.tokens:
-            self.asked = True
-            return self.answer
-        self.called_with = x
-        return self.answer
+def _functions(member) -> dict:
+    """The functions that an expert holds as plain attributes, an activation of torch.nn.functional among them."""
+    return {name: value for name, value in vars(member).items() if callable(value) and name not in INSTANCE_FORWARDS}
 
 
-def _run(expert, answers: dict):
-    """The expert's forward with stand-ins for its Linears: (they, its result)."""
-    tokens = torch.empty(0)
-    stand_ins = {name: _Given(tokens, answer) for name, answer in answers.items()}
-    double = object.__new__(type(expert))
-    double.__dict__.update(expert.__dict__)
-    double.__dict__["_modules"] = {**expert._modules, **stand_ins}
-    return stand_ins, type(expert).forward(double, tokens)
+def _has_own_forward(module) -> bool:
+    # Hooks of device_map wrap `forward`, too; what they bring to a call is seen by its weights.
+    return "forward" in vars(module) and "_hf_hook" not in vars(module)
 
 
-def _through(expert, answers: dict, down: str) -> torch.Tensor:
-    """What the expert passes to its last Linear when the first two give these answers."""
-    end = torch.zeros(1)
-    stand_ins, result = _run(expert, answers | {down: end})
-    if result is not end:
-        raise ValueError("the expert changes what its last Linear gives")
-    return stand_ins[down].called_with
+def _alike(child, other) -> bool:
+    """Whether a part of one expert is as another's: a Linear with a bias or without, the same activation."""
+    if child is other or type(child) is not type(other):
+        return child is other
+    if isinstance(child, Linear):
+        return (child.bias is None) == (other.bias is None)
+    return next(child.buffers(), None) is None and vars(child) == vars(other)
 
 
-def _roles(expert) -> tuple[str, str, str] | str:
-    """The names of the Linears for gate, up and down, or the reason why there are none."""
-    names = [name for name, child in expert._modules.items() if type(child) is Linear]
-    ones = torch.ones(1)
-    try:
-        stand_ins, _ = _run(expert, dict.fromkeys(names, ones))
-    except Exception as error:  # whatever a foreign forward raises
-        return f"its experts could not be probed ({type(error).__name__}: {error})"
-    first = [name for name in names if stand_ins[name].asked and stand_ins[name].called_with is None]
-    last = [name for name in names if stand_ins[name].called_with is not None and not stand_ins[name].asked]
-    if (len(first), len(last)) != (2, 1):
-        return f"its experts, {type(expert).__name__}, are not down(activation(gate(x)) * up(x))"
-    down = last[0]
-    for gate, up in (first, first[::-1]):
-        found = probe_gate(lambda g, u, a=gate, b=up: _through(expert, {a: g, b: u}, down), torch.device("cpu"))
-        if found.arguments is not None:
-            return gate, up, down
-    return first[0], first[1], down  # the gate is none of those known, which is said when it is asked for
+def _child_against(name: str, child) -> str | None:
+    if _hooked(child) or _has_own_forward(child):
+        return f"{name} has hooks or a forward of its own, which would not be called"
+    if type(child) is not Linear and (isinstance(child, Linear) or next(child.parameters(), None) is not None):
+        return f"{name} is a {type(child).__name__}, not a plain torch.nn.Linear"
+    return None
 
 
 def _has_moe(module) -> bool:
