@@ -12,6 +12,7 @@ import cases
 import hf_legacy
 import hf_models
 import hf_outside
+import warpdecode.cli
 import warpdecode.hf
 from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
 
@@ -274,9 +275,14 @@ def test_compiled_without_a_graph_break(family):
     assert served == [6] and torch.allclose(hf_outside.output(got), hf_outside.output(expected), atol=1e-5)
 
 
+def test_the_demo_says_what_it_needs(capfd):
+    assert warpdecode.cli.main(["generate"]) == 1
+    assert "the demo model needs transformers 5.3 or newer, installed is 4." in capfd.readouterr().err
+
+
 def test_what_needs_the_interface_says_so():
-    for function in (warpdecode.hf.register, warpdecode.hf.accelerate_decode):
-        with pytest.raises(RuntimeError, match=r"needs transformers' experts interface, which transformers 4\."):
+    for function, since in ((warpdecode.hf.register, "5.7"), (warpdecode.hf.accelerate_decode, "5.0")):
+        with pytest.raises(RuntimeError, match=rf"experts interface, which transformers 4\..*; {since} and newer do"):
             function()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import __version__ as transformers_version
 
 from warpdecode import demo, hf
 
@@ -25,8 +26,19 @@ from .settings import pick_device, run_settings
 INTERRUPTED = 130  # what shells report for a process that SIGINT ended
 
 
+def _demand_of_the_demo(version: str) -> None:
+    """Raises GenerateError for a transformers that cannot load the demo's files, which 5.3 and newer can."""
+    if tuple(int(part) for part in version.split(".")[:2]) < (5, 3):
+        raise GenerateError(
+            f"the demo model needs transformers 5.3 or newer, installed is {version}; with a MODEL of yours, and "
+            "--prompts and --output, this one works"
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """Generate what the (completed) arguments ask for and return the exit code."""
+    if args.demo:
+        _demand_of_the_demo(transformers_version)
     name = str(demo.model_path()) if args.demo else args.model
     prompts = read_prompts(args.prompts or demo.prompts_path())
     device = pick_device(args.device)

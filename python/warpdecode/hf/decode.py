@@ -43,7 +43,7 @@ def accelerate_decode(*, strict: bool = False) -> DecodeAcceleration:
 
     Calling it again changes `strict` and nothing else. Undone by the returned handle: `undo()`, or the end of `with`.
     """
-    demand_interface("accelerate_decode()")
+    demand_interface("accelerate_decode()", "5.0")
     before = is_on()
     _switch(strict)
     return DecodeAcceleration(before)

@@ -31,7 +31,7 @@ def register() -> None:
 
     Raises RuntimeError with transformers before 5.7, which accepts no names but its own.
     """
-    demand_interface("register()")
+    demand_interface("register()", "5.7")
     if not NAMES_ARE_OPEN:
         raise RuntimeError(
             f"warpdecode: transformers {VERSION} accepts no experts implementation but its own by name; 5.7 and newer "

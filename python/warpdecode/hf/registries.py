@@ -26,17 +26,17 @@ FP8_FORWARD: dict[str, Callable] | None = (
 )
 
 
-def demand_interface(what: str) -> None:
-    """Raises RuntimeError where transformers has no experts interface; `what` needs it."""
+def demand_interface(what: str, since: str) -> None:
+    """Raises RuntimeError where transformers has no experts interface; `what` needs that of a release `since`."""
     if ExpertsInterface is None:
         raise RuntimeError(
             f"warpdecode: {what} needs transformers' experts interface, which transformers {VERSION} does not have; "
-            "5.7 and newer do. warpdecode.hf.patch(model) works with this one."
+            f"{since} and newer do. warpdecode.hf.patch(model) works with this one."
         )
 
 
 def implementation(name: str | None, default: Callable) -> Callable:
     """The function registered under `name`, `default` for "eager"; never one of ours but the function that it took the
     place of. Raises KeyError for a name that is not registered, as transformers does."""
-    function = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
+    function = default if name in (None, "eager") else ALL_EXPERTS_FUNCTIONS[name]
     return getattr(function, "in_place_of", function)
