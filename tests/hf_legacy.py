@@ -66,6 +66,33 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# Those whose experts are a few tensors, and take a weight for every expert.
+STACKED = ("gpt_oss", "qwen3_vl_moe")
+
+
+def build_stacked(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """The same of a family in `STACKED`."""
+    import transformers
+    from transformers.models.qwen3_vl_moe import configuration_qwen3_vl_moe, modeling_qwen3_vl_moe
+
+    torch.manual_seed(seed)
+    if family == "gpt_oss":
+        config = transformers.GptOssConfig(
+            **_COMMON, head_dim=16, intermediate_size=40, num_local_experts=8, num_experts_per_tok=2,
+            rope_scaling={"rope_type": "default"},
+        )  # fmt: skip
+        model = transformers.GptOssForCausalLM(config)
+    else:
+        config = configuration_qwen3_vl_moe.Qwen3VLMoeTextConfig(
+            **_COMMON, **_SPARSE, head_dim=16, intermediate_size=64,
+            rope_scaling={"rope_type": "default", "mrope_section": [2, 3, 3]},
+        )  # fmt: skip
+        model = modeling_qwen3_vl_moe.Qwen3VLMoeTextModel(config)
+    model = model.eval().requires_grad_(False)
+    hf_models.randomise(model)
+    return model.to(dtype)
+
+
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """The family's model on the CPU, in eval mode, without gradients."""
     import transformers

@@ -2,7 +2,6 @@
 Runs where such a release is installed (.ci/run brings one), and skips elsewhere."""
 
 import copy
-import importlib
 import io
 
 import pytest
@@ -286,24 +285,133 @@ def test_what_needs_the_interface_says_so():
             function()
 
 
-OTHERS = {
-    "gpt_oss": ("GptOssExperts", "GptOssConfig", "could not be probed"),
-    "qwen3_vl_moe": ("Qwen3VLMoeTextExperts", "Qwen3VLMoeTextConfig", "could not be probed"),
-}
+# ---- experts that are a few tensors, and take a weight for every expert
 
 
-@pytest.mark.parametrize("family", OTHERS)
-def test_other_classes_of_experts_are_handed_back(family):
-    name, config, reason = OTHERS[family]
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48}
-    made = getattr(transformers, config, None) or getattr(module, config)
-    experts = getattr(module, name)(made(**sizes, num_local_experts=4, num_experts=4)).requires_grad_(False)
-    for parameter in experts.parameters():
-        parameter.normal_()
-    assert reason in warpdecode.hf.explain(experts)[0].reason
-    with pytest.raises(WarpDecodeFallbackError, match=reason):
-        warpdecode.hf.patch(experts, strict=True)
+def _experts(model) -> torch.nn.Module:
+    return next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
+
+
+def _dense_call(device, dtype, scale: float = 1.0) -> dict:
+    """Hidden states of two sequences, and their routing, by name."""
+    ids = torch.rand(10, 8).argsort(dim=1)[:, :2].contiguous()
+    weights = torch.zeros(10, 8).scatter_(1, ids, torch.rand(10, 2))
+    return {
+        "hidden_states": (scale * torch.randn(2, 5, 64)).to(device, dtype),
+        "router_indices": ids.to(device),
+        "routing_weights": weights.to(device, dtype),
+    }
+
+
+@torch.no_grad()
+@hf_outside.EVERYWHERE
+@pytest.mark.parametrize("scale", [1.0, 8.0])  # where gpt-oss' limits are met
+@pytest.mark.parametrize("family", hf_legacy.STACKED)
+def test_stacked_experts_are_their_own_forward_but_for_roundings(family, scale, device, dtype):
+    experts, call = _experts(hf_legacy.build_stacked(family, dtype)).to(device), _dense_call(device, dtype, scale)
+    own = experts(**call)
+    warpdecode.hf.patch(experts, strict=True)
+    with hf_models.counted_kernel_calls() as served:
+        got = experts(**call)
+        names = ["hidden_states", "routing_weights", "router_indices"]  # Qwen3-VL's order
+        if family == "gpt_oss":
+            names = ["hidden_states", "router_indices", "routing_weights"]
+        assert torch.equal(experts(*map(call.get, names)), got)
+    assert served == [10, 10]
+    hf_outside.assert_alike(got, own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hf_legacy.STACKED)
+def test_patched_models_of_stacked_experts_compute_what_they_compute(family):
+    model = hf_legacy.build_stacked(family)
+    expected, before = model(hf_models.prompt())[0], hf_models.left_on(model)
+    warpdecode.hf.patch(model, strict=True)
+    assert hf_models.served_calls(model) == [TOKENS] * hf_models.MOE_LAYERS
+    assert torch.allclose(model(hf_models.prompt())[0], expected, atol=1e-3)
+    rows = warpdecode.hf.explain(model)
+    assert {(row.path, row.reason, row.E, row.H, row.I) for row in rows} == {("warp_decode", "patched", 8, 64, 40)}
+    twin = copy.deepcopy(model)
+    assert hf_models.left_on(warpdecode.hf.unpatch(model)) == before and not hf_models.served_calls(model)
+    assert torch.equal(model(hf_models.prompt())[0], expected) and hf_models.served_calls(twin)
+    warpdecode.hf.patch(model.requires_grad_(True))
+    with pytest.warns(WarpDecodeFallbackWarning, match="gradients are needed"), torch.enable_grad():
+        assert torch.equal(model(hf_models.prompt())[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hf_legacy.STACKED)
+def test_stacked_experts_compiled_and_with_other_weights(family):
+    torch._dynamo.reset()
+    experts, call = _experts(hf_legacy.build_stacked(family)), _dense_call("cpu", torch.float32)
+    warpdecode.hf.patch(experts, strict=True)
+    for parameter in (experts.down_proj, experts.gate_up_proj):
+        before = experts(**call)
+        parameter.data = 1.5 * parameter.data
+        assert not torch.allclose(experts(**call), before, rtol=0.01)
+    with hf_models.counted_kernel_calls() as served:
+        got = torch.compile(experts, fullgraph=True, backend="aot_eager")(**call)
+    assert served == [10]
+    hf_outside.assert_alike(got, warpdecode.hf.unpatch(experts)(**call))
+
+
+@torch.no_grad()
+def test_gpt_oss_mark_for_another_process_s_experts_contributes_nothing():
+    experts, call = _experts(hf_legacy.build_stacked("gpt_oss")), _dense_call("cpu", torch.float32)
+    token = torch.arange(10)
+    call["routing_weights"][token, call["router_indices"][:, 1]] = 0
+    call["router_indices"][:, 1] = 8
+    expected = experts(**call)
+    with hf_models.counted_kernel_calls() as served:
+        got = warpdecode.hf.patch(experts, strict=True)(**call)
+    assert served
+    hf_outside.assert_alike(got, expected)
+
+
+@torch.no_grad()
+def test_a_limit_that_is_changed_is_seen():
+    experts, call = _experts(hf_legacy.build_stacked("gpt_oss")), _dense_call("cpu", torch.float32, 8.0)
+    warpdecode.hf.patch(experts, strict=True)
+    before = experts(**call)
+    experts.limit = 3.0
+    got = experts(**call)
+    assert not torch.allclose(got, before, rtol=0.01)
+    hf_outside.assert_alike(got, warpdecode.hf.unpatch(experts)(**call))
+
+
+def _of_another_order(base):
+    class Experts(base):
+        def forward(self, hidden_states, router_indices=None, routing_weights=None):
+            kept = self.gate_up_proj.data
+            self.gate_up_proj.data = kept.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+            try:
+                return super().forward(hidden_states, router_indices, routing_weights)
+            finally:
+                self.gate_up_proj.data = kept
+
+    return Experts
+
+
+def _of_no_limit(base):
+    class Experts(base):
+        def forward(self, hidden_states, router_indices=None, routing_weights=None):
+            kept, self.limit = self.limit, 1e4
+            try:
+                return super().forward(hidden_states, router_indices, routing_weights)
+            finally:
+                self.limit = kept
+
+    return Experts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", [_of_another_order, _of_no_limit])
+def test_stacked_experts_that_compute_something_else_are_handed_back(other):
+    experts, call = _experts(hf_legacy.build_stacked("gpt_oss")), _dense_call("cpu", torch.float32)
+    experts.__class__ = other(type(experts))
+    expected = experts(**call)
+    with pytest.warns(WarpDecodeFallbackWarning, match="differs from the kernels' result on a probe"):
+        assert torch.equal(warpdecode.hf.patch(experts)(**call), expected)
 
 
 def test_experts_of_two_calls_are_handed_back():

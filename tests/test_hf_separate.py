@@ -244,6 +244,24 @@ def test_functions_that_experts_hold_are_compared():
     assert "experts.5 has hooks or a forward of its own" in warpdecode.hf.explain(block)[0].reason
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [_Routes, _HasMoe])
+def test_a_block_on_the_meta_device_is_handed_back_until_it_is_patched_again(kind):
+    loaded, x = _built(kind, *KIND), torch.randn(3, 5, H).to(KIND[0])
+    expected = loaded(x)
+    with torch.device("meta"):
+        block = kind().to(KIND[0]).requires_grad_(False)
+    with pytest.raises(warpdecode.hf.WarpDecodeFallbackError, match="on the meta device"):
+        warpdecode.hf.patch(block, strict=True)
+    with pytest.warns(warpdecode.hf.WarpDecodeFallbackWarning, match=r"on the meta device \(offloaded, or not loaded"):
+        warpdecode.hf.patch(block)
+    block.load_state_dict(loaded.state_dict(), assign=True)
+    with hf_models.counted_kernel_calls() as served:
+        assert torch.equal(hf_outside.output(block(x)), hf_outside.output(expected)) and not served
+        hf_outside.assert_alike(warpdecode.hf.patch(block, strict=True)(x), expected)
+    assert served
+
+
 def _captured(run):
     """A CUDA graph of `run()` after one warm-up call on another stream, and its result."""
     stream = torch.cuda.Stream()

@@ -1,7 +1,8 @@
 """Forms: how a kind of module keeps its experts' weights, and what they are as arguments of `warpdecode.Experts`.
 
 Classes of transformers' experts interface say it by the flags of its decorator (`Interface`, here). Those outside are
-recognised by what they have and compute: `stacked.py` and `separate.py` hold their forms, `found.py` finds a module's.
+recognised by what they have and compute: `stacked.py`, `dense.py` and `separate.py` hold their forms, `found.py` finds
+a module's.
 """
 
 import math
@@ -55,6 +56,7 @@ class Form:
     """A module's form. Its fields are constants of the class that the module has while it is patched."""
 
     seam = "forward"  # the method that is replaced, where transformers has no interface for it
+    takes_all_weights = False  # whether that takes a weight for every expert; then `call` says which count
 
     def against(self, module) -> str | None:
         """The reason why the kernels can never serve the module, whatever its weights; None when they may."""

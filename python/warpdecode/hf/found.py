@@ -2,7 +2,7 @@
 
 import torch
 
-from . import separate, stacked
+from . import dense, separate, stacked
 from .forms import FORM, INTERFACE, OUTSIDE, Form, Unknown, is_dispatched
 
 
@@ -25,4 +25,4 @@ def is_block(module: torch.nn.Module) -> bool:
 
 
 def _outside(module) -> Form | None:
-    return stacked.find(module) or separate.find(module)
+    return dense.find(module) or stacked.find(module) or separate.find(module)

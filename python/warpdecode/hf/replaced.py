@@ -65,6 +65,8 @@ def forward_against(module: torch.nn.Module) -> str | None:
 @functools.cache
 def _class_of(base: type, form: Form) -> type:
     method = _moe if form.seam == "moe" else _block if getattr(form, "recipe", None) else _experts
+    if form.takes_all_weights:
+        method = _dense
     names = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -106,6 +108,19 @@ def _served(module, seam, *call):
         _report(module, reason)
         return own_method(module, seam)(module, *call)
     return getattr(type(module), FORM).returned(module, *call, run(tokens, *call[1:]))
+
+
+def _dense(self, hidden_states, *routing, **named):
+    """In the place of the forward of experts that take a weight for every expert."""
+    if POLICY not in self.__dict__:
+        return own_method(self)(self, hidden_states, *routing, **named)
+    form = getattr(type(self), FORM)
+    call = form.call(hidden_states, *routing, **named)
+    reason, run = prepared(self, call)
+    if reason is not None:
+        _report(self, reason)
+        return own_method(self)(self, hidden_states, *routing, **named)
+    return form.returned(self, hidden_states, *call[1:], run(*call))
 
 
 def _block(self, hidden_states, *others, **named):

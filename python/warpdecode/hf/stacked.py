@@ -19,19 +19,19 @@ _LARGEST_DIFFERENCE = 1 / 16
 
 def find(module: torch.nn.Module) -> Form | None:
     """The form of an experts module, or of a block around experts that take no ids; None: none of these."""
-    if _has(module, "gate_up_proj", "down_proj") and _arguments(module) == 3:
+    if has_tensors(module, "gate_up_proj", "down_proj") and _arguments(module) == 3:
         return STACKED
     inner = module._modules.get("mlp")
-    if inner is not None and _has(inner, "w1", "v1", "w2") and _arguments(module) == 3:
+    if inner is not None and has_tensors(inner, "w1", "v1", "w2") and _arguments(module) == 3:
         return FLAT
     inner = module._modules.get("experts")
-    if inner is not None and _has(inner, "gate_up_proj", "down_proj") and _arguments(inner) == 1:
+    if inner is not None and has_tensors(inner, "gate_up_proj", "down_proj") and _arguments(inner) == 1:
         recipe = blocks.find(module, blocks.WeightedTokens())
         return Unknown(recipe) if isinstance(recipe, str) else WeightedBlock(recipe)
     return None
 
 
-def _has(module, *names: str) -> bool:
+def has_tensors(module, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), torch.Tensor) for name in names)
 
 
@@ -93,7 +93,7 @@ class Stacked(Form):
         known, identities = self.experts_and_identities(module)
         tokens = 8
         weights, _ = self.weights(module, self.names(module))
-        x = _probe_tokens(experts, tokens, self.sizes(module, weights)["H"])
+        x = probe_tokens(experts, tokens, self.sizes(module, weights)["H"])
         ids = torch.arange(2 * tokens, device=x.device).view(tokens, 2) % known
         if identities:
             ids[::2, 1] = known + ids[::2, 1] % identities
@@ -162,7 +162,7 @@ class WeightedBlock(Child):
     def difference(self, module, experts):
         sizes = _sizes(module.experts.gate_up_proj, module.experts.down_proj)
         total, hidden = sizes["E"], sizes["H"]
-        x = _probe_tokens(experts, total, hidden)
+        x = probe_tokens(experts, total, hidden)
         ids = torch.arange(total, device=x.device).view(total, 1)
         weights = torch.ones(total, 1, dtype=x.dtype, device=x.device)
         own = lambda: type(module.experts).forward(module.experts, x).view(total, hidden)  # noqa: E731
@@ -195,7 +195,7 @@ def _gate(module):
     return lambda g, u: module.act_fn(g) * u
 
 
-def _probe_tokens(experts, tokens: int, hidden: int) -> torch.Tensor:
+def probe_tokens(experts, tokens: int, hidden: int) -> torch.Tensor:
     """Random hidden states for these experts."""
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(0))
     return x.to(experts.down_proj.device, experts.down_proj.dtype)
