@@ -13,8 +13,8 @@
 * `patch` is for the model that you hold: prefill, decode and scoring run on the kernels, so that their bits agree.
   `strict=True` forbids the model's own path, which otherwise stays as it was configured. It alone serves classes
   outside transformers' experts interface: Llama 4, DBRX, LongCat, Step 3.7, and those of transformers 4.57: blocks with
-  one module an expert, the experts of gpt-oss and Qwen3-VL-MoE. Such a module has a class of ours, of the same name, while it is patched; its router and
-  its shared experts are torch's as before.
+  one module an expert, the experts of gpt-oss and Qwen3-VL-MoE. Such a module has a class of ours, of the same name,
+  while it is patched; its router and its shared experts are torch's as before.
 * By name is for code that passes options on to transformers (a trainer, a config file) and never shows you the model.
   The model's own path is then grouped_mm. transformers before 5.7 accepts no names but its own, and `register` says so.
 * `accelerate_decode` is for code that you cannot or do not want to change: it takes the place of transformers'

@@ -21,11 +21,11 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
     its implementations for prefill and decode, and so may `set_experts_implementation`; that chooses the path a layer
     takes where the kernels cannot serve it. Weights are read on every call, so LoRA, weight sync and `.to()` are safe.
 
-    Layers that can never be served (another weight layout, another gate) stay as they are; so does, until it is patched
-    again, a block that has to be probed and is on the meta device. Such layers, and calls that cannot be served, are said
-    once per reason by a `WarpDecodeFallbackWarning`. With `strict=True` they raise `WarpDecodeFallbackError`: here when a
-    layer can never be served or none can be served as the model is now (and then nothing was patched), or later in the
-    call.
+    Layers that can never be served (another weight layout, another gate) stay as they are; so does, until it is
+    patched again, a block that has to be probed and is on the meta device. Such layers, and calls that cannot be
+    served, are said once per reason by a `WarpDecodeFallbackWarning`. With `strict=True` they raise
+    `WarpDecodeFallbackError`: here when a layer can never be served or none can be served as the model is now (and
+    then nothing was patched), or later in the call.
 
     Patching again is the same as patching once, with the new `strict`. Undone by `unpatch`.
     """
