@@ -265,6 +265,24 @@ def test_hooks_that_wrap_forward_before_or_after():
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "child"), [("llama4", "experts"), ("dbrx", "mlp")])
+def test_hooks_within_what_is_replaced_are_not_overlooked(family, child):
+    module, call = _built(family), _call(family)
+    warpdecode.hf.patch(module)
+    module(*call)
+    seen = []
+    hook = getattr(module, child).register_forward_hook(lambda *_: seen.append(1))
+    match = f"{child} has hooks, which would not be called"
+    with hf_models.counted_kernel_calls() as served:
+        with pytest.warns(WarpDecodeFallbackWarning, match=match):
+            module(*call)
+        assert seen and not served and match in warpdecode.hf.explain(module)[0].reason
+        hook.remove()
+        module(*call)
+    assert served[-1] == T  # after a probe of its own
+
+
 def test_a_forward_on_the_instance_is_not_overlooked():
     model = hf_outside.build("dbrx")
     experts = model.transformer.blocks[0].ffn.experts

@@ -75,6 +75,16 @@ def test_a_new_activation_is_seen_by_the_next_call():
     _assert_current(model)
 
 
+@torch.no_grad()
+def test_a_new_activation_that_is_a_function_is_seen_by_the_next_call():
+    model = warpdecode.hf.patch(_model())
+    for function in (torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.gelu):
+        for layer in hf_models.experts_modules(model):
+            layer._modules.pop("act_fn", None)
+            layer.act_fn = function
+        _assert_current(model)
+
+
 class _LowRank(torch.nn.Module):
     """What PEFT registers for target_parameters: the weight plus a low-rank product, computed on access."""
 

@@ -60,7 +60,7 @@ class Form:
 
     def against(self, module) -> str | None:
         """The reason why the kernels can never serve the module, whatever its weights; None when they may."""
-        raise NotImplementedError
+        return None
 
     def names(self, module) -> tuple[str, ...]:
         """The names of the weights."""
@@ -86,7 +86,7 @@ class Form:
 
     def structure(self, module) -> tuple:
         """What besides the weights was looked at: while it is the same objects, so is the gate."""
-        return (module._modules.get("act_fn"),)
+        return (module._modules.get("act_fn"), module.__dict__.get("act_fn"))  # a module, or a plain function
 
     def watch(self, module, weights):
         """Where looking at the weights and the structure anew takes long: an object whose `sees_no_change()` says
@@ -192,6 +192,11 @@ def is_dispatched(module: torch.nn.Module) -> bool:
 def is_fp8(module: torch.nn.Module) -> bool:
     """Whether this is one of transformers' FP8 experts, which have an experts interface of their own."""
     return FP8Experts is not None and isinstance(module, FP8Experts)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks of torch's are called around the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def on_loan(module: torch.nn.Module) -> bool:

@@ -24,9 +24,9 @@ _by_address: "weakref.WeakValueDictionary[tuple[int, ...], Layer]" = weakref.Wea
 
 
 def weights_between_calls(module: torch.nn.Module) -> tuple[tuple, bool]:
-    """The same of a module that is not running. Tensor and expert parallelism keep DTensors in it, and bring this
-    process's part of them for the time of a call: that part is what a call will bring. A call that brings a DTensor
-    is not served: nobody would sum what the processes compute."""
+    """(the weights of a module that is not running, whether they may be kept). Tensor and expert parallelism keep
+    DTensors in it, and bring this process's part of them for the time of a call: that part is what a call will bring.
+    A call that brings a DTensor is not served: nobody would sum what the processes compute."""
     form = form_of(module)
     weights, kept = form.weights(module, form.names(module))
     local = tuple([weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights])

@@ -15,7 +15,7 @@ from torch.nn import Linear
 
 from . import blocks
 from .expert import roles_of, through
-from .forms import INSTANCE_FORWARDS, Form, Part, Unknown, own_method
+from .forms import INSTANCE_FORWARDS, Form, Part, Unknown, has_hooks, own_method
 
 _LINEARS = 3
 
@@ -69,7 +69,7 @@ class Separate(Form):
 
     def structure(self, module):
         modules = _with_children(module._modules["experts"]._modules.values())
-        return (any(map(_hooked, modules)), *modules, *map(type, modules))
+        return (any(map(has_hooks, modules)), *modules, *map(type, modules))
 
     def watch(self, module, weights):
         return _Watch(self, module, weights)
@@ -155,10 +155,6 @@ def _with_children(members) -> list[torch.nn.Module]:
     return [*members, *[child for member in members for child in member._modules.values() if child is not None]]
 
 
-def _hooked(module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _mixed(members) -> str | None:
     """The reason why these are not experts of plain Linears, all alike."""
     if not members:
@@ -178,7 +174,7 @@ def _member_against(i: int, member, first) -> str | None:
         return f"its expert {i} is a {type(member).__name__} of other parts than expert 0, a {type(first).__name__}"
     if _functions(member) != _functions(first):
         return f"experts.{i} and experts.0 are not alike: they hold other functions"
-    if _hooked(member) or _has_own_forward(member):
+    if has_hooks(member) or _has_own_forward(member):
         return f"experts.{i} has hooks or a forward of its own, which would not be called"
     for name, child in member._modules.items():
         reason = None if child is None else _child_against(f"experts.{i}.{name}", child)
@@ -209,7 +205,7 @@ def _alike(child, other) -> bool:
 
 
 def _child_against(name: str, child) -> str | None:
-    if _hooked(child) or _has_own_forward(child):
+    if has_hooks(child) or _has_own_forward(child):
         return f"{name} has hooks or a forward of its own, which would not be called"
     if type(child) is not Linear and (isinstance(child, Linear) or next(child.parameters(), None) is not None):
         return f"{name} is a {type(child).__name__}, not a plain torch.nn.Linear"

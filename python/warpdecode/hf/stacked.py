@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from . import blocks
-from .forms import Form, Part, Unknown, on_loan, own_method
+from .forms import Form, Part, Unknown, has_hooks, on_loan, own_method
 
 _LARGEST_DIFFERENCE = 1 / 16
 
@@ -47,7 +47,11 @@ class Child(Form):
     own_names = ()
 
     def against(self, module):
-        return None
+        return f"{self.child} has hooks, which would not be called" if has_hooks(module._modules[self.child]) else None
+
+    def structure(self, module):
+        child = module._modules[self.child]
+        return (child, has_hooks(child), *super().structure(child))
 
     def names(self, module):
         return tuple([f"{self.child}.{name}" for name in self.own_names])
@@ -65,9 +69,6 @@ class Stacked(Form):
     """`gate_up_proj` and `down_proj` of all experts, (E, 2I, H) and (E, H, I) or transposed. Where `down_proj` has
     fewer experts, the rest are identities: their part is added to what the kernels give."""
 
-    def against(self, module):
-        return None
-
     def names(self, module):
         return ("gate_up_proj", "down_proj")
 
@@ -76,9 +77,6 @@ class Stacked(Form):
 
     def arguments(self, module):
         return _arguments_of(module.gate_up_proj, module.down_proj)
-
-    def structure(self, module):
-        return (module._modules.get("act_fn"),)
 
     def gate(self, module):
         return _gate(module)
@@ -119,7 +117,7 @@ class Flat(Child):
         return {"is_transposed": "down"}
 
     def structure(self, module):
-        return (module.mlp, module.mlp.activation_fn)
+        return (*super().structure(module), module.mlp.activation_fn)
 
     def gate(self, module):
         return lambda g, u: module.mlp.activation_fn(g) * u
@@ -149,9 +147,6 @@ class WeightedBlock(Child):
 
     def arguments(self, module):
         return {"weight_on_input": True} | _arguments_of(module.experts.gate_up_proj, module.experts.down_proj)
-
-    def structure(self, module):
-        return (module.experts, module.experts._modules.get("act_fn"))
 
     def gate(self, module):
         return _gate(module.experts)
