@@ -88,6 +88,16 @@ def test_jax_on_cuda(cuda):
         found = warpdecode.moe(*arrays)
         assert isinstance(found, jax.Array)
         assert same_bits(np.asarray(found), expected)
+    # Behind work that JAX has only enqueued: inputs, output and workspace must be ready all the same.
+    square = jax.device_put(np.full((8192, 8192), 2.0**-13, np.float32), jax.devices("gpu")[0])
+    product = jax.jit(lambda a, b: a @ b)
+    product(square, square).block_until_ready()
+    for _ in range(5):
+        busy = square
+        for _ in range(10):
+            busy = product(busy, square)
+        found = warpdecode.moe(arrays[0] + (busy[0, 0] * 0).astype(arrays[0].dtype), *arrays[1:])
+        assert same_bits(np.asarray(found), expected)
 
 
 @pytest.mark.gpu

@@ -41,7 +41,7 @@ def _null_forward(module, hidden_states, top_k_index, top_k_weights):
 @contextmanager
 def registered() -> Iterator[None]:
     """Our two names in transformers' registry, for the scope."""
-    demand_interface("warpdecode.bench.end_to_end")
+    demand_interface("warpdecode.bench.end_to_end", "5.0")
     FORWARD[_NULL] = _null_forward
     FORWARD[_KEPT] = implementation("grouped_mm", None)
     try:

@@ -2,9 +2,10 @@
 
 On the CPU the output is a NumPy array handed to JAX at the end, on CUDA a fresh JAX buffer that nobody else has seen.
 JAX shows no current stream; it names, per device, the stream that it waits for when an array comes in from outside
-(`get_stream_for_external_ready_events`). Inputs are exported to that stream, the kernels run on it, and the output is
-imported again behind them. `finish` then waits for the output, because JAX's allocator knows nothing of that stream and
-would hand the workspace to the next computation while the kernels still use it.
+(`get_stream_for_external_ready_events`). The kernels run on it, and the output is imported again behind them. `finish`
+then waits for the output, because JAX's allocator knows nothing of that stream and would hand the workspace to the next
+computation while the kernels still use it. Likewise every array is ready before the kernels are enqueued, a fresh one
+too: JAX fills it with zeros, which on a busy GPU came after the kernels.
 """
 
 from __future__ import annotations
@@ -27,11 +28,8 @@ def bind(slot, array, writable=False):
         raise ValueError(f"{slot.name}: was a tracer; these kernels cannot run under jax.jit, call them outside")
     if writable:
         raise ValueError(f"{slot.name}: was a jax.Array, which is immutable; leave `out` away to get a fresh array")
-    if _on_cuda(array):
-        _capsule.bind(slot, array, False, stream(array) or 1)
-    else:
-        array.block_until_ready()  # dispatch is asynchronous on the CPU too, and has no stream to wait on
-        _capsule.bind(slot, array, False, None)
+    array.block_until_ready()  # dispatch is asynchronous on the CPU too, and has no stream to wait on
+    _capsule.bind(slot, array, False, (stream(array) or 1) if _on_cuda(array) else None)
 
 
 def bind_table(slot, addresses, like):
@@ -54,7 +52,7 @@ def empty(shape, like):
     """NumPy memory on the CPU, a fresh JAX buffer on CUDA."""
     if not _on_cuda(like):
         return np.empty(shape, dtype=like.dtype)
-    return _Fresh(jax.numpy.empty(shape, dtype=like.dtype, device=like.sharding))
+    return _Fresh(jax.numpy.empty(shape, dtype=like.dtype, device=like.sharding).block_until_ready())
 
 
 class _Fresh:
@@ -87,7 +85,7 @@ def workspace(size, like):
     """Device memory from JAX's allocator; `finish` waits before the call lets go of it."""
     if not _on_cuda(like):
         return _numpy.workspace(size, like)
-    owner = jax.numpy.empty((size,), dtype=jax.numpy.uint8, device=like.sharding)
+    owner = jax.numpy.empty((size,), dtype=jax.numpy.uint8, device=like.sharding).block_until_ready()
     slot = Slot("workspace")
     _capsule.bind(slot, owner, False, stream(like) or 1)
     return slot.address, (owner, slot)
