@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import torch
 from transformers import CompileConfig
 
-import warpdecode
+import warpdecode.hf
 from warpdecode.bench import end_to_end, generation, variants
 from warpdecode.bench.random_models import MODELS, build, twin
 from warpdecode.bench.report import report
@@ -97,6 +97,7 @@ def test_rows_of_both_modes(model, tmp_path, capsys):
         assert ("largest_logit_difference" in row) == (row["variant"] == "patched")
         if row["variant"] == "patched":
             assert row["largest_logit_difference"] >= 0 < row["logit_standard_deviation"]
+            assert 0 <= row["stock_logit_difference"] < 10 * row["logit_standard_deviation"]
             assert 0 <= row["equal_tokens"] <= 1
         if row["mode"] == "static":  # each batch anew, in one piece, and nothing of it while times were taken
             assert row["compiled"]["graphs"] in (1, 2) and row["compiled"]["graph_breaks"] == 0
@@ -212,3 +213,30 @@ def test_rows_on_cuda(cuda, tmp_path):
         assert row["implementation"] == ran
         if row["mode"] == "static":
             assert row["compiled"]["graphs"] == 1 and row["compiled"]["cudagraph_skips"] == 0
+
+
+@torch.no_grad()
+def test_how_far_logits_of_a_random_deep_gemma_are_apart_says_nothing_of_the_kernels():
+    """In bfloat16 two of transformers' own paths are far apart, too; in float32 ours and theirs are not."""
+    sizes = {
+        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "vocab_size_per_layer_input": 1000,
+    }  # fmt: skip
+    model = build("gemma4-26b-a4b", "cpu", **sizes)
+    text = torch.randint(0, 1000, (1, 48))
+
+    def logits(implementation):
+        model.set_experts_implementation(implementation)
+        return model(text).logits.float()
+
+    def apart(one, other):
+        return ((one - other).abs().max() / one.std()).item()
+
+    eager = logits("eager")
+    own = apart(eager, logits("batched_mm"))
+    with warpdecode.hf.patched(model, strict=True):
+        assert apart(eager, model(text).logits.float()) < 3 * own
+    model.float()
+    eager = logits("eager")
+    with warpdecode.hf.patched(model, strict=True):
+        assert apart(eager, model(text).logits) < own / 10

@@ -31,6 +31,18 @@ def logits_and_distinct(model: torch.nn.Module, text: torch.Tensor) -> tuple[tor
     return logits, sum(counts) / len(counts)
 
 
+@torch.no_grad()
+def logits_of_another_path(model: torch.nn.Module, text: torch.Tensor) -> torch.Tensor:
+    """The logits again, by another of transformers' own paths than the model's: how far one rounding leads from another
+    in such a model, whoever's. Random weights can make that far."""
+    own = experts_of(model)[0].config._experts_implementation
+    model.set_experts_implementation("grouped_mm" if own == "eager" else "eager")
+    try:
+        return model(text, logits_to_keep=LAST, use_cache=False).logits.float()
+    finally:
+        model.set_experts_implementation(own)
+
+
 def read_milliseconds(model: torch.nn.Module, distinct: float) -> float:
     """Milliseconds of reading that many experts of each layer once: two reads a layer, one behind the other."""
     weights = [w.detach() for experts in experts_of(model) for w in (experts.gate_up_proj, experts.down_proj)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from warpdecode.bench.decode_floor import logits_and_distinct, read_milliseconds
+from warpdecode.bench.decode_floor import logits_and_distinct, logits_of_another_path, read_milliseconds
 from warpdecode.bench.generation import Generation, generate
 from warpdecode.bench.timers import reason, summary
 from warpdecode.bench.variants import STOCK
@@ -154,7 +154,7 @@ def _compared(rows: list[dict]) -> dict:
 
 def _looked_at(running: dict[str, _Variant], rows: list[dict], prompt_tokens: int) -> dict:
     """How many experts a step reads, and how long that alone takes. Adds to our row how far our logits are from stock's
-    on the text that stock wrote."""
+    on the text that stock wrote, and how far those of two of transformers' own paths are from each other."""
     judge = next((name for name in running if name in STOCK), None)
     if judge is None:
         return {}
@@ -166,6 +166,7 @@ def _looked_at(running: dict[str, _Variant], rows: list[dict], prompt_tokens: in
         new = slice(prompt_tokens, min(text.shape[1], generated.shape[1]))
         row = next(row for row in rows if row["variant"] == "patched")
         row["largest_logit_difference"] = (logits - ours).abs().max().item()
+        row["stock_logit_difference"] = (logits - logits_of_another_path(running[judge].model, text)).abs().max().item()
         row["logit_standard_deviation"] = logits.std().item()
         row["equal_tokens"] = (text[:, new] == generated[:, new]).float().mean().item()
     return {"distinct_experts": distinct, "read_floor_ms": read_milliseconds(running[judge].model, distinct)}

@@ -33,9 +33,11 @@ def _section(rows: list[dict]) -> str:
     if logits:
         largest = max(row["largest_logit_difference"] for row in logits)
         deviation = min(row["logit_standard_deviation"] for row in logits)
+        own = [row["stock_logit_difference"] for row in logits if "stock_logit_difference" in row]
         parts.append(
             f"Logits of the same text, patched against stock: largest difference {largest:.3f}, where their standard "
-            f"deviation is {deviation:.2f}."
+            f"deviation is {deviation:.2f}"
+            + (f"; two of transformers' own paths against each other: {max(own):.3f}." if own else ".")
         )
     failed = [f"{row['variant']} at batch {row['batch']} ({row['failed']})" for row in rows if "failed" in row]
     if failed:
