@@ -54,13 +54,17 @@ wd_status multiprocessors(int *count) {
   });
 }
 
-wd_status shared_memory_of_block(int *bytes) {
-  int device = 0;
-  WD_CUDA(cudaGetDevice(&device));
+static wd_status shared_memory_on(int device, int *bytes) {
   return cached(shared_memory_sizes, device, bytes, [&]() -> wd_status {
     WD_CUDA(cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return WD_OK;
   });
+}
+
+wd_status shared_memory_of_block(int *bytes) {
+  int device = 0;
+  WD_CUDA(cudaGetDevice(&device));
+  return shared_memory_on(device, bytes);
 }
 
 wd_status allow_shared_memory(const void *kernel, std::atomic<uint64_t> *devices) {
@@ -163,7 +167,12 @@ static int schedule_runs(wd_cuda_schedule schedule, int device) {
 }
 
 int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape) {
-  if (schedule == WD_CUDA_DIRECT && shape->top_k > WD_CUDA_DIRECT_MAX_TOP_K) return 0;
+  if (schedule == WD_CUDA_DIRECT) {
+    int limit = 0;
+    if (shape->top_k > WD_CUDA_DIRECT_MAX_TOP_K || wd::shared_memory_on(device, &limit) != WD_OK ||
+        (int)wd::direct_shared_bytes(shape->top_k, WD_CUDA_DIRECT_RING) > limit)
+      return 0;
+  }
   const int64_t rows =
       2 * (int64_t)shape->intermediate > shape->hidden ? 2 * (int64_t)shape->intermediate : shape->hidden;
   if (schedule == WD_CUDA_TILED && (shape->scattered || shape->transposed ||

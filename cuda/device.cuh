@@ -13,6 +13,11 @@ wd_status multiprocessors(int *count);
 // Bytes of shared memory that a block of the current device can have.
 wd_status shared_memory_of_block(int *bytes);
 
+// Shared memory of a block of the direct schedule with `warps` rings of so many bytes, and what else it has there.
+constexpr size_t direct_shared_bytes(int warps, size_t ring) {
+  return warps * ring + 2048;
+}
+
 // Whether an expert has on average at most so many routes.
 inline bool routes_an_expert(const wd_moe_shape &s, int64_t most) {
   return s.tokens * s.top_k <= most * s.experts;

@@ -26,8 +26,8 @@ template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t bl
   WD_TRY(multiprocessors(&sms));
   WD_TRY(shared_memory_of_block(&limit));
   const int64_t at_once = (blocks + sms - 1) / sms;
-  const auto room = [&](size_t ring, int64_t together) { // 2048: what else a block has in shared memory
-    return ((int64_t)ring * warps + 2048) * together <= limit;
+  const auto room = [&](size_t ring, int64_t together) {
+    return (int64_t)direct_shared_bytes(warps, ring) * together <= limit;
   };
   const auto suits = [&](int ahead, size_t ring) {
     return room(ring, at_once) && at_once * warps * ahead * Rows::kStepBytesOfWarp <= kOnTheirWay;
@@ -41,7 +41,7 @@ template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t bl
   if (room(direct_bytes<Rows, PARTS, 3>(), 2)) return launch(Constant<3>());
   if (room(direct_bytes<Rows, PARTS, 2>(), 2)) return launch(Constant<2>());
   if (room(direct_bytes<Rows, PARTS, 3>(), 1)) return launch(Constant<3>());
-  return launch(Constant<2>()); // 16 slots where a block has 99 KB
+  return launch(Constant<2>()); // for which there is room: wd_cuda_serves()
 }
 
 // Whether transposed weights are read 64 rows a warp rather than 32, in lines of 128 bytes: where there are then

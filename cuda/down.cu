@@ -254,10 +254,17 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   const bool dependent = behind_gate_up && early_launch;
   if (schedule == WD_CUDA_DIRECT) {
     if (args.down.k_stride == 1) return launch_direct<T, PlainRows<T, 128>>(args, dependent, stream);
+    using Lines = TransposedRows<T, 4>;
     bool lines;
+    int limit;
     WD_TRY(long_lines(&lines, (int64_t)s.hidden * s.tokens * s.top_k));
-    return lines ? launch_direct<T, TransposedRows<T, 4>>(args, dependent, stream)
-                 : launch_direct<T, TransposedRows<T, 2>>(args, dependent, stream);
+    WD_TRY(shared_memory_of_block(&limit));
+    if (lines && direct_shared_bytes(s.top_k, direct_bytes<Lines, 2, 2>()) <= (size_t)limit)
+      return launch_direct<T, Lines>(args, dependent, stream);
+    static_assert(direct_bytes<PlainRows<T, 128>, 2, 2>() <= WD_CUDA_DIRECT_RING &&
+                      direct_bytes<TransposedRows<T, 2>, 2, 2>() <= WD_CUDA_DIRECT_RING,
+                  "as wd_cuda_serves() counts");
+    return launch_direct<T, TransposedRows<T, 2>>(args, dependent, stream);
   }
   RouteLists lists = {};
   const void *columns = args.intermediate;

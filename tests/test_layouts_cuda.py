@@ -70,6 +70,15 @@ def test_gates_are_close_to_fp64(cuda, gate, weight_on_input):
                 assert all(torch.equal(outputs[0], other) for other in outputs[1:]), (dtype, bias_dtype, tokens)
 
 
+@pytest.mark.parametrize("layout", ["standard", "transposed"])
+def test_sixteen_slots(cuda, layout):
+    """The most that direct has: its rings must fit into a block's shared memory, long lines of transposed weights too."""
+    parts = draw_parts(17, 2048, 200, torch.bfloat16).to(cuda)
+    call = on_cuda(draw_tokens(parts, 1, 16))
+    direct, grouped = (describe(parts, layout, kernel)(*call) for kernel in ("cuda_direct", "cuda_grouped"))
+    assert torch.equal(direct, grouped)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_weights_are_seen(cuda, layout):
     """Weights may change in place after every call, and a graph that was captured before sees them."""
