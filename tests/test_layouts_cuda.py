@@ -72,7 +72,7 @@ def test_gates_are_close_to_fp64(cuda, gate, weight_on_input):
 
 @pytest.mark.parametrize("layout", ["standard", "transposed"])
 def test_sixteen_slots(cuda, layout):
-    """The most that direct has: its rings must fit into a block's shared memory, long lines of transposed weights too."""
+    """The most that direct has: its rings must fit into a block's shared memory, those of long lines too."""
     parts = draw_parts(17, 2048, 200, torch.bfloat16).to(cuda)
     call = on_cuda(draw_tokens(parts, 1, 16))
     direct, grouped = (describe(parts, layout, kernel)(*call) for kernel in ("cuda_direct", "cuda_grouped"))
