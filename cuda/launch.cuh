@@ -58,6 +58,8 @@ RouteLists sorted_routes(const wd_moe_shape &shape, void *scratch);
 wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *source, void *target,
                       int parts, int length, cudaStream_t stream);
 
+// down, direct schedule. dependent: the grid before is this call's gate_up.
+wd_status down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream);
 // The tiled schedule (tiled.cuh). gate_up leaves columns where the intermediate would be when down of the same call
 // follows. dependent: the grid before is this call's gate_up.
 wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,
