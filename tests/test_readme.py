@@ -13,8 +13,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_figures_come_from_result_files():
     numbers = re.search(r"<!-- figures -->\n(.*?)\n<!-- end of figures -->", README, re.S).group(1)
-    assert numbers.strip() == report(ROOT / "notebooks" / "results").strip(), (
-        "run `python -m warpdecode.bench.report notebooks/results` and put what it prints between the markers"
+    assert numbers.strip() == report(ROOT / "notebooks" / "results", short=True).strip(), (
+        "run `python -m warpdecode.bench.report notebooks/results --short` and put what it prints between the markers"
+    )
+
+
+def test_all_tables_lie_beside_the_result_files():
+    results = ROOT / "notebooks" / "results"
+    tables = (results / "README.md").read_text(encoding="utf-8")
+    assert tables.endswith("\n" + report(results) + "\n"), (
+        "put what `python -m warpdecode.bench.report notebooks/results` prints behind the first paragraph of "
+        "notebooks/results/README.md"
     )
 
 

@@ -1,11 +1,12 @@
-"""Turns result files into the tables of README: `python -m warpdecode.bench.report notebooks/results`.
+"""Turns result files into tables: `python -m warpdecode.bench.report notebooks/results [--short]`.
 
-README holds what this prints, between two markers; a test compares them, so that no figure is typed by hand.
+README holds what this prints with --short, between two markers, and README.md beside the files holds all of it; a test
+compares them, so that no figure is typed by hand.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from warpdecode.bench.report_generate import generate_table
@@ -17,12 +18,15 @@ LONG = 512  # tokens from which a row is of a prompt, not of decode steps: its f
 INVARIANT = "vllm batch-invariant"
 
 
-def layer_table(rows: list[dict]) -> str:
-    """The layers' times beside the read ceilings and the peers: a part for each dtype, device and routing."""
-    return "\n\n".join(_section(part) for part in grouped(rows, "dtype", "device", "routing").values())
+def layer_table(rows: list[dict], short: bool = False) -> str:
+    """The layers' times beside the read ceilings and the peers: a part for each dtype, device and routing.
+
+    short: without the table of vLLM's batch-invariant mode.
+    """
+    return "\n\n".join(_section(part, short) for part in grouped(rows, "dtype", "device", "routing").values())
 
 
-def _section(rows: list[dict]) -> str:
+def _section(rows: list[dict], short_report: bool) -> str:
     first, shapes = rows[0], grouped(rows, "shape")
     replay = "CUDA graph replays, " if first["device"] == "cuda" else ""
     how = f"{first['dtype']}, {replay}cold weights, {first['routing']} routing, medians; {conditions(first)}."
@@ -42,7 +46,8 @@ def _section(rows: list[dict]) -> str:
         parts.append(_times(headline))
     if len(shapes) > 1:
         for name, title in (("vllm", "vLLM's time"), (INVARIANT, "The time of vLLM, batch-invariant,")):
-            if any(name in row["microseconds"] for row in short):
+            left_out = short_report and name == INVARIANT
+            if not left_out and any(name in row["microseconds"] for row in short):
                 parts += [f"{title} divided by ours:", _by_tokens(short, lambda row, name=name: _ratio(row, name))]
     if any("vllm_config" in row for row in rows):
         parts.append(_tables_of_vllm(rows))
@@ -148,17 +153,32 @@ def _errors(rows: list[dict]) -> str:
     return f"Error against FP64, in units of the output's own rounding: {', '.join(found)}."
 
 
-def report(folder: Path) -> str:
-    """The tables of all result files in a folder."""
+def _kind(rows: list[dict]) -> int:
+    """Decode steps of layers, of models, long calls, other layouts, the CPU: the order of the report."""
+    first = rows[0]
+    if first["device"] == "cpu":
+        return 4
+    if "model" in first:
+        return 1
+    return 3 if first.get("layouts") else 2 if first["tokens"] >= LONG else 0
+
+
+def report(folder: Path, short: bool = False) -> str:
+    """The tables of all result files in a folder. short: for README, without vLLM's batch-invariant mode and layouts."""
     parts = []
-    for path in sorted(folder.glob("*.jsonl"), key=lambda path: (path.stem == "cpu", path.stem)):
-        rows = rows_of(path)
+    for rows in sorted((rows_of(path) for path in sorted(folder.glob("*.jsonl"))), key=_kind):
         if "model" in rows[0]:
             parts.append(generate_table(rows))
-        else:
-            parts.append(layouts_table(rows) if rows[0].get("layouts") else layer_table(rows))
+        elif not rows[0].get("layouts"):
+            parts.append(layer_table(rows, short))
+        elif not short:
+            parts.append(layouts_table(rows))
     return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(prog="python -m warpdecode.bench.report", description="Tables of result files.")
+    parser.add_argument("folder", type=Path, help="where the .jsonl files lie")
+    parser.add_argument("--short", action="store_true", help="as README has them")
+    arguments = parser.parse_args()
+    print(report(arguments.folder, arguments.short))
