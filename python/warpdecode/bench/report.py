@@ -164,7 +164,7 @@ def _kind(rows: list[dict]) -> int:
 
 
 def report(folder: Path, short: bool = False) -> str:
-    """The tables of all result files in a folder. short: for README, without vLLM's batch-invariant mode and layouts."""
+    """The tables of all result files in a folder. short: README's, without vLLM batch-invariant and layouts."""
     parts = []
     for rows in sorted((rows_of(path) for path in sorted(folder.glob("*.jsonl"))), key=_kind):
         if "model" in rows[0]:
