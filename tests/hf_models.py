@@ -5,6 +5,8 @@ experts (fp32 or model-dtype routing weights, shared experts, a dense MLP beside
 nested in a vision-language model), and that is why all of them are here.
 """
 
+import copy
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -258,3 +260,19 @@ def left_on(model: torch.nn.Module) -> list[tuple]:
         (name, type(module), {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, dict)})
         for name, module in model.named_modules()
     ]
+
+
+@torch.no_grad()
+def check_copies(model):
+    """A patched model's deep copy and what is loaded from its file are patched, too, with weights of their own; the
+    model's become zeros. Returns both."""
+    expected = model(prompt()).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = copy.deepcopy(model), torch.load(file, weights_only=False)
+    for parameter in model.parameters():
+        parameter.zero_()
+    for other in copies:
+        assert served_calls(other) and torch.equal(other(prompt()).logits, expected)
+    return copies

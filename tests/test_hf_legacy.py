@@ -2,7 +2,6 @@
 Runs where such a release is installed (.ci/run brings one), and skips elsewhere."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -117,18 +116,7 @@ def test_the_router_is_asked_once_and_its_logits_are_returned():
 
 @pytest.mark.parametrize("family", A_FEW)
 def test_copies_and_files(family):
-    model = warpdecode.hf.patch(hf_legacy.build(family), strict=True)
-    with torch.no_grad():
-        expected = model(hf_models.prompt()).logits
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    twin, loaded = copy.deepcopy(model), torch.load(file, weights_only=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for other in (twin, loaded):
-            assert hf_models.served_calls(other) and torch.equal(other(hf_models.prompt()).logits, expected)
+    hf_models.check_copies(warpdecode.hf.patch(hf_legacy.build(family), strict=True))
 
 
 @pytest.mark.parametrize("family", A_FEW)

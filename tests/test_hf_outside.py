@@ -2,7 +2,6 @@
 forward and with FP64, put back."""
 
 import copy
-import io
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,18 +175,8 @@ def test_state_copies_and_files(family):
     model = hf_outside.build(family)
     keys = list(model.state_dict())
     warpdecode.hf.patch(model)
-    with torch.no_grad():
-        expected = model(hf_models.prompt()).logits
     assert list(model.state_dict()) == keys
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    twin, loaded = copy.deepcopy(model), torch.load(file, weights_only=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for other in (twin, loaded):
-            assert hf_models.served_calls(other) and torch.equal(other(hf_models.prompt()).logits, expected)
+    twin, loaded = hf_models.check_copies(model)
     warpdecode.hf.unpatch(twin)
     assert not hf_models.served_calls(twin) and hf_models.served_calls(loaded)
     assert all(type(a) is type(b) for a, b in zip(twin.modules(), hf_outside.build(family).modules(), strict=True))
