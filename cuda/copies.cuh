@@ -25,6 +25,14 @@ __device__ __forceinline__ void copy_ahead(uint32_t target, const void *source, 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same where `wanted`, else nothing. No branch: instructions are not moved over one.
+__device__ __forceinline__ void copy_ahead_if(bool wanted, uint32_t target, const void *source, bool valid) {
+  asm volatile("{ .reg .pred wanted;\n"
+               "setp.ne.b32 wanted, %3, 0;\n"
+               "@wanted cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(target),
+               "l"(source), "r"(valid ? 16 : 0), "r"((int)wanted)
+               : "memory");
+}
 // The same of a piece of a line whose other pieces other warps copy: all of its 128 bytes come to L2 at once
 // (transposed weights of Llama 4, 64 bytes a warp: 5 to 12% faster).
 __device__ __forceinline__ void copy_of_line(uint32_t target, const void *source, bool valid) {

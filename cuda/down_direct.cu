@@ -72,9 +72,10 @@ static wd_status launch_direct(const wd_down_args &args, bool dependent, cudaStr
   constexpr int kRows = 16 * Rows::kTiles;
   const unsigned blocks = (unsigned)(s.hidden + kRows - 1) / kRows;
   return choose_ahead<Rows, 2>(blocks * s.tokens, s.top_k, [&](auto ahead) {
+    size_t bytes = s.top_k * direct_bytes<Rows, 2, ahead>();
+    if (dependent) WD_TRY(spread_bytes(&bytes, blocks * s.tokens));
     return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3(blocks, (unsigned)s.tokens),
-                                                      dim3(32 * s.top_k), s.top_k * direct_bytes<Rows, 2, ahead>(),
-                                                      stream, dependent, args, dependent);
+                                                      dim3(32 * s.top_k), bytes, stream, dependent, args, dependent);
   });
 }
 
@@ -84,7 +85,7 @@ template <class T> static wd_status choose_rows(const wd_down_args &args, bool d
   using Lines = TransposedRows<T, 4>;
   bool lines;
   int limit;
-  WD_TRY(long_lines(&lines, (int64_t)s.hidden * s.tokens * s.top_k));
+  WD_TRY(long_lines(&lines, (int64_t)s.hidden * s.tokens * s.top_k, false));
   WD_TRY(shared_memory_of_block(&limit));
   if (lines && direct_shared_bytes(s.top_k, direct_bytes<Lines, 2, 2>()) <= (size_t)limit)
     return launch_direct<T, Lines>(args, dependent, stream);

@@ -18,11 +18,13 @@
 
 namespace wd {
 
-constexpr int kDirectWarps = 2; // of a block, each with neurons of its own
+// Warps of a block, each with neurons of its own. Where a warp reads lines of 64 bytes (transposed weights), four of
+// them ask for 256 neighbouring ones (gpt-oss-20b at T = 1: 4% of the layer).
+template <class Rows> constexpr int kDirectWarps = Rows::kTiles == 2 ? 4 : 2;
 
 // grid (warps of an expert / kDirectWarps, routes), block 32 * kDirectWarps
 template <class T, class Neurons, int AHEAD>
-__global__ void __launch_bounds__(32 * kDirectWarps)
+__global__ void __launch_bounds__(32 * kDirectWarps<typename Neurons::Rows>)
     gate_up_direct(const __grid_constant__ wd_gate_up_args args, bool plain) {
   using Rows = typename Neurons::Rows;
   extern __shared__ __align__(128) uint8_t rings[];
@@ -32,7 +34,7 @@ __global__ void __launch_bounds__(32 * kDirectWarps)
   const int warp = threadIdx.x / 32;
   const int expert = expert_of(args.topk_ids, s.id_bytes, route, s.experts);
   if (expert < 0) return;
-  Neurons own(args, plain, expert, blockIdx.x * kDirectWarps + warp);
+  Neurons own(args, plain, expert, blockIdx.x * kDirectWarps<Rows> + warp);
   if (own.first >= s.intermediate) return;
   float c[Rows::kTiles][1][1][4];
   direct_dot<T, 1, AHEAD>(c, own.rows, (const T *)args.hidden_states + route / s.top_k * s.hidden, 0, s.hidden,
@@ -82,11 +84,12 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
 template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args &args, cudaStream_t stream) {
   using Rows = typename Neurons::Rows;
   const int64_t routes = args.shape.tokens * args.shape.top_k;
-  const int blocks = (warps_of_expert<Neurons>(args) + kDirectWarps - 1) / kDirectWarps;
-  return choose_ahead<Rows, 1>(blocks * routes, kDirectWarps, [&](auto ahead) {
-    return launch_shared<gate_up_direct<T, Neurons, ahead>>(
-        "gate_up_direct", dim3(blocks, (unsigned)routes), dim3(32 * kDirectWarps),
-        kDirectWarps * direct_bytes<Rows, 1, ahead>(), stream, false, args, is_plain(args));
+  constexpr int warps = kDirectWarps<Rows>;
+  const int blocks = (warps_of_expert<Neurons>(args) + warps - 1) / warps;
+  return choose_ahead<Rows, 1>(blocks * routes, warps, [&](auto ahead) {
+    return launch_shared<gate_up_direct<T, Neurons, ahead>>("gate_up_direct", dim3(blocks, (unsigned)routes),
+                                                            dim3(32 * warps), warps * direct_bytes<Rows, 1, ahead>(),
+                                                            stream, false, args, is_plain(args));
   });
 }
 
@@ -133,7 +136,9 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
   if (schedule == WD_CUDA_DIRECT) {
     if (args.gate.k_stride == 1) return launch_direct<T, PlainNeurons<T, 128>>(args, stream);
     bool lines;
-    WD_TRY(long_lines(&lines, (args.gating.has_up ? 2 : 1) * s.intermediate * s.tokens * s.top_k));
+    const bool has_up = args.gating.has_up;
+    WD_TRY(long_lines(&lines, (has_up ? 2 : 1) * s.intermediate * s.tokens * s.top_k,
+                      has_up && args.gate.row_stride == 1));
     return lines ? launch_direct<T, TransposedNeurons<T, 4>>(args, stream)
                  : launch_direct<T, TransposedNeurons<T, 2>>(args, stream);
   }

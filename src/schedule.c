@@ -56,13 +56,13 @@ static double bytes_read_again(const wd_moe_shape *s) {
   return pairs * shared * 3 * s->hidden * s->intermediate * 2;
 }
 
-/* Direct has nothing to look up and no launch behind down, 4 to 7 us on an H200, and reads an expert once a route: it
+/* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route: it
  * is chosen where what it reads again takes no longer than that. From twelve routes an expert on: tiled, which prepares
  * lists first. Between them, and where tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
-    return bytes_read_again(shape) <= (1 << 25);
+    return bytes_read_again(shape) <= 40e6;
   case WD_CUDA_TILED:
     return shape->tokens * shape->top_k >= 12 * (int64_t)shape->experts;
   default:
