@@ -16,7 +16,7 @@ constexpr int kCachedDevices = 64;
 struct Cache {
   std::atomic<int> values[kCachedDevices];
 };
-static Cache capabilities, multiprocessor_counts, shared_memory_sizes;
+static Cache capabilities, multiprocessor_counts, shared_memory_sizes, l2_sizes;
 
 template <class Ask> static wd_status cached(Cache &cache, int device, int *value, Ask ask) {
   const bool fits = device >= 0 && device < kCachedDevices;
@@ -59,6 +59,17 @@ static wd_status shared_memory_on(int device, int *bytes) {
     WD_CUDA(cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return WD_OK;
   });
+}
+
+wd_status find_kept(wd_moe_shape *shape) {
+  int device = 0, l2 = 0;
+  WD_CUDA(cudaGetDevice(&device));
+  WD_TRY(cached(l2_sizes, device, &l2, [&]() -> wd_status {
+    WD_CUDA(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
+    return WD_OK;
+  }));
+  shape->kept = shape->tokens * shape->top_k * 4 * ((int64_t)shape->intermediate + shape->hidden) <= l2 / 2;
+  return WD_OK;
 }
 
 wd_status shared_memory_of_block(int *bytes) {

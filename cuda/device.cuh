@@ -13,6 +13,9 @@ wd_status multiprocessors(int *count);
 // Bytes of shared memory that a block of the current device can have.
 wd_status shared_memory_of_block(int *bytes);
 
+// Sets shape->kept: whether intermediate and v[T*K, H] of down take at most half of the current device's L2 cache.
+wd_status find_kept(wd_moe_shape *shape);
+
 // Shared memory of a block of the direct schedule with `warps` rings of so many bytes, and what else it has there.
 constexpr size_t direct_shared_bytes(int warps, size_t ring) {
   return warps * ring + 2048;

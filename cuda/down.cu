@@ -17,6 +17,7 @@
 #include "down_rows.cuh"
 #include "gating.cuh"
 #include "grouped.cuh"
+#include "kept.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
@@ -39,6 +40,7 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, int expert
       [&] {
         if (wait) wait_for_previous_grid();
       });
+  const uint64_t policy = policy_for_kept(s);
 #pragma unroll
   for (int row_tile = 0; row_tile < Rows::kTiles; row_tile++)
 #pragma unroll
@@ -52,8 +54,10 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, int expert
         for (int j = 0; j < 2; j++) {
           const int column = 8 * tile + lane % 4 * 2 + j;
           if (column >= count) continue;
-          down_values(args)[(int64_t)routes[column] * s.hidden + row] =
-              __fadd_rn(join_parts<T>(c[row_tile][0][tile][2 * high + j], c[row_tile][1][tile][2 * high + j]), bias);
+          store_kept(
+              down_values(args) + (int64_t)routes[column] * s.hidden + row,
+              __fadd_rn(join_parts<T>(c[row_tile][0][tile][2 * high + j], c[row_tile][1][tile][2 * high + j]), bias),
+              policy);
         }
     }
 }
@@ -150,6 +154,10 @@ __global__ void __launch_bounds__(kCombineThreads)
       sum[3] = __fmaf_rn(weight[i], v[i].w, sum[3]);
     }
   }
+  __syncwarp(); // eight lanes have read a line: nobody does any more
+  if (threadIdx.x % 8 == 0 && h + 32 <= s.hidden && (uintptr_t)values % 128 == 0 && s.hidden % 32 == 0)
+    for (int slot = 0; slot < s.top_k; slot++)
+      forget(values + (int64_t)slot * s.hidden);
   Pair<T> out[2];
   out[0].value[0] = Element<T>::round(sum[0]), out[0].value[1] = Element<T>::round(sum[1]);
   out[1].value[0] = Element<T>::round(sum[2]), out[1].value[1] = Element<T>::round(sum[3]);
@@ -193,6 +201,8 @@ size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
 }
 
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {
-  return args->shape.dtype == WD_BF16 ? wd::down<wd::bf16>(*args, schedule, dependent != 0, (cudaStream_t)stream)
-                                      : wd::down<wd::f16>(*args, schedule, dependent != 0, (cudaStream_t)stream);
+  wd_down_args own = *args;
+  WD_TRY(wd::find_kept(&own.shape));
+  return own.shape.dtype == WD_BF16 ? wd::down<wd::bf16>(own, schedule, dependent != 0, (cudaStream_t)stream)
+                                    : wd::down<wd::f16>(own, schedule, dependent != 0, (cudaStream_t)stream);
 }

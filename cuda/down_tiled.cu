@@ -4,6 +4,7 @@
 // low or high (r) of lane group g is hidden value 4g + 2m + r, so a lane ends with four neighbouring values of a route
 // and stores 16 bytes of v[t,k,h].
 #include "gating.cuh"
+#include "kept.cuh"
 #include "routes.cuh"
 #include "tiled.cuh"
 
@@ -29,6 +30,7 @@ template <class T> struct Down {
     const wd_moe_shape &s = args.shape;
     const int row = unit * kUnitRows + warp * 32 + lane / 4 * 4;
     if (row >= s.hidden) return;
+    const uint64_t policy = policy_for_kept(s);
     float bias[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -42,8 +44,8 @@ template <class T> struct Down {
         auto v = [&](int half, int r) {
           return __fadd_rn(join_parts<T>(c[half][tile][2 * r + j], c[half][tile + 1][2 * r + j]), bias[2 * half + r]);
         };
-        *(float4 *)(down_values(args) + (int64_t)routes[i] * s.hidden + row) =
-            make_float4(v(0, 0), v(0, 1), v(1, 0), v(1, 1));
+        store_kept((float4 *)(down_values(args) + (int64_t)routes[i] * s.hidden + row),
+                   make_float4(v(0, 0), v(0, 1), v(1, 0), v(1, 1)), policy);
       }
   }
 };

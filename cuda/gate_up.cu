@@ -157,6 +157,8 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
 } // namespace wd
 
 wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream) {
-  return args->shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(*args, schedule, down_follows != 0, (cudaStream_t)stream)
-                                      : wd::gate_up<wd::f16>(*args, schedule, down_follows != 0, (cudaStream_t)stream);
+  wd_gate_up_args own = *args;
+  WD_TRY(wd::find_kept(&own.shape));
+  return own.shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(own, schedule, down_follows != 0, (cudaStream_t)stream)
+                                    : wd::gate_up<wd::f16>(own, schedule, down_follows != 0, (cudaStream_t)stream);
 }

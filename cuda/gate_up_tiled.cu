@@ -3,6 +3,7 @@
 // A unit is 64 neurons, 16 a warp: a lane group has the gate and the up row of one neuron in half 0, of the next in
 // half 1, so a lane ends with two neighbouring neurons of a route and stores four bytes.
 #include "gating.cuh"
+#include "kept.cuh"
 #include "tiled.cuh"
 
 namespace wd {
@@ -43,6 +44,7 @@ template <class T> struct GateUp {
     }
     const int64_t part = for_down ? group_bytes(s.intermediate) : (int64_t)s.intermediate * 2; // bytes
     uint8_t *out = (uint8_t *)args.intermediate;
+    const uint64_t policy = policy_for_kept(s);
     out += for_down ? item.group * 2 * part + place_in_group(row) + first * 16 : row * 2;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
@@ -67,8 +69,8 @@ template <class T> struct GateUp {
                                   &high.value[half], &low.value[half]);
         }
         uint8_t *p = out + (for_down ? tile * 2 * part + j * 16 : routes[column] * 2 * part);
-        *(uint32_t *)p = high.bits;
-        *(uint32_t *)(p + part) = low.bits;
+        store_kept((uint32_t *)p, high.bits, policy);
+        store_kept((uint32_t *)(p + part), low.bits, policy);
       }
   }
   template <int TILES>

@@ -1,17 +1,27 @@
 // neurons.cuh - which rows of gate and up a warp of gate_up.cu multiplies, and how their sums become values.
 #pragma once
 #include "gating.cuh"
+#include "kept.cuh"
 #include "rows.cuh"
 
 namespace wd {
 
-// One value of the intermediate, from the finished sums of its gate and, where there is one, its up.
+// One value of the intermediate.
+template <class T>
+__device__ __forceinline__ void store_parts(const wd_gate_up_args &args, int64_t route, int neuron, float value) {
+  const int intermediate = args.shape.intermediate;
+  uint16_t *const out = (uint16_t *)args.intermediate + route * 2 * intermediate + neuron;
+  Pair<T> parts;
+  split_intermediate<T>(value, &parts.value[0], &parts.value[1]);
+  const uint64_t policy = policy_for_kept(args.shape);
+  store_kept(out, (uint16_t)parts.bits, policy);
+  store_kept(out + intermediate, (uint16_t)(parts.bits >> 16), policy);
+}
+// The same from the finished sums of its gate and, where there is one, its up.
 template <class T>
 __device__ __forceinline__ void store_value(const wd_gate_up_args &args, int64_t route, int neuron, float gate,
                                             float up) {
-  const int intermediate = args.shape.intermediate;
-  T *out = (T *)args.intermediate + route * 2 * intermediate + neuron;
-  split_intermediate<T>(gated(gate, up, args.gating), out, out + intermediate);
+  store_parts<T>(args, route, neuron, gated(gate, up, args.gating));
 }
 
 // Calls serve(tile, j, route) for this lane's two columns of each tile, as far as there are routes.
@@ -67,12 +77,10 @@ template <class T, int STEP> struct PlainNeurons {
   template <int TILES, class RouteOf>
   __device__ __forceinline__ void store(const float (&c)[1][1][TILES][4], int count, RouteOf route_of) const {
     if (plain) {
-      const int intermediate = args.shape.intermediate;
       each_column<TILES>(count, route_of, [&](int tile, int j, int64_t route) {
-        T *out = (T *)args.intermediate + route * 2 * intermediate + neuron;
-        split_intermediate<T>(
-            plain_gated(c[0][0][tile][j], c[0][0][tile][2 + j], args.gating.activation == WD_ACTIVATION_GELU_TANH), out,
-            out + intermediate);
+        store_parts<T>(
+            args, route, neuron,
+            plain_gated(c[0][0][tile][j], c[0][0][tile][2 + j], args.gating.activation == WD_ACTIVATION_GELU_TANH));
       });
       return;
     }

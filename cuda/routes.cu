@@ -6,6 +6,7 @@
 // no order between blocks, so the lists are the same in every run.
 #include "columns.cuh"
 #include "device.cuh"
+#include "kept.cuh"
 #include "launch.cuh"
 #include "routes.cuh"
 
@@ -28,19 +29,20 @@ struct Chunk {
     for (int p = 0; p < 4; p++)
       piece[p] = load_valid(from + 8 * p, valid && 8 * p < left);
   }
-  __device__ __forceinline__ void store(uint4 *to) const {
-    to[0] = make_uint4(piece[0].x, piece[1].x, piece[2].x, piece[3].x);
-    to[kGroup] = make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y);
-    to[2 * kGroup] = make_uint4(piece[0].z, piece[1].z, piece[2].z, piece[3].z);
-    to[3 * kGroup] = make_uint4(piece[0].w, piece[1].w, piece[2].w, piece[3].w);
+  __device__ __forceinline__ void store(uint4 *to, uint64_t policy) const {
+    store_kept(to, make_uint4(piece[0].x, piece[1].x, piece[2].x, piece[3].x), policy);
+    store_kept(to + kGroup, make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y), policy);
+    store_kept(to + 2 * kGroup, make_uint4(piece[0].z, piece[1].z, piece[2].z, piece[3].z), policy);
+    store_kept(to + 3 * kGroup, make_uint4(piece[0].w, piece[1].w, piece[2].w, piece[3].w), policy);
   }
 };
 
 // The block gathers a group; `route` is that of this thread's column, thread % 8, or -1 for none. A thread moves two
 // chunks at a time, and eight neighbours write whole matrices.
-__device__ __forceinline__ void gather_group(const Gathering &g, int route, int top_k, int64_t group) {
+__device__ __forceinline__ void gather_group(const Gathering &g, int route, const wd_moe_shape &s, int64_t group) {
   const int chunks = chunks_of(g.length), work = g.parts * chunks, stride = (int)blockDim.x / kGroup;
-  const int64_t row = g.parts == 1 ? route / top_k : (int64_t)route * g.parts;
+  const uint64_t policy = policy_for_kept(s);
+  const int64_t row = g.parts == 1 ? route / s.top_k : (int64_t)route * g.parts;
   const uint16_t *from = (const uint16_t *)g.source + row * g.length;
   uint4 *to = (uint4 *)((uint8_t *)g.target + group * g.parts * group_bytes(g.length)) + threadIdx.x % kGroup;
   auto load = [&](Chunk &chunk, int item) {
@@ -50,8 +52,8 @@ __device__ __forceinline__ void gather_group(const Gathering &g, int route, int 
   for (int item = threadIdx.x / kGroup; item < work; item += 2 * stride) {
     Chunk one, two;
     load(one, item), load(two, item + stride);
-    one.store(to + (int64_t)item * 4 * kGroup);
-    if (item + stride < work) two.store(to + (int64_t)(item + stride) * 4 * kGroup);
+    one.store(to + (int64_t)item * 4 * kGroup, policy);
+    if (item + stride < work) two.store(to + (int64_t)(item + stride) * 4 * kGroup, policy);
   }
 }
 
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kSortThreads)
   const int64_t first = first_group(offset, expert, s);
   for (int group = blockIdx.y; group * kGroup < count; group += gridDim.y) {
     const int i = group * kGroup + thread % kGroup;
-    gather_group(gathering, i < count ? listed[i] : -1, s.top_k, first + group);
+    gather_group(gathering, i < count ? listed[i] : -1, s, first + group);
   }
 }
 
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   const int64_t first = first_group(offset, expert, s);
   for (int group = blockIdx.y; group * kGroup < count; group += gridDim.y) {
     const int i = group * kGroup + threadIdx.x % kGroup;
-    gather_group(gathering, i < count ? lists.routes[offset + i] : -1, s.top_k, first + group);
+    gather_group(gathering, i < count ? lists.routes[offset + i] : -1, s, first + group);
   }
 }
 

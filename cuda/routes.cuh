@@ -17,9 +17,9 @@ inline size_t searched_bytes(const wd_moe_shape &s) {
   return needs_lists(s) ? 0 : (size_t)(s.tokens * s.top_k) * sizeof(int32_t);
 }
 
-// Bytes of the sorted routes (RouteLists), and v[T*K, H] of down behind them in the scratch.
+// Bytes of the sorted routes (RouteLists), and v[T*K, H] of down behind them in the scratch: whole lines of L2.
 __host__ __device__ __forceinline__ size_t sorted_routes_span(const wd_moe_shape &s) {
-  return ((size_t)(2 + s.experts + 1 + s.tokens * s.top_k) * sizeof(int32_t) + 15) / 16 * 16;
+  return ((size_t)(2 + s.experts + 1 + s.tokens * s.top_k) * sizeof(int32_t) + 127) / 128 * 128;
 }
 __device__ __forceinline__ float *down_values(const wd_down_args &args) {
   return (float *)((char *)args.scratch + sorted_routes_span(args.shape));

@@ -32,6 +32,7 @@ typedef struct {
   int32_t id_bytes;     /* 4 or 8: topk_ids are int32 or int64 */
   int32_t scattered;    /* 1: some experts' weights have addresses of their own */
   int32_t transposed;   /* 1: some weights are transposed */
+  int32_t kept;         /* CUDA's own, 1: what a call writes and reads again has room in the L2 cache */
 } wd_moe_shape;
 
 /* CUDA's tiled schedule keeps the columns of its products in groups of eight, by expert (cuda/columns.cuh): so many
