@@ -1,7 +1,8 @@
 // kept.cuh - what a call writes and soon reads again: it stays in the L2 cache.
 //
 // Weights stream through L2, and would push it out to memory. Memory loses time whenever it turns from reading to
-// writing: a layer with 8 to 256 tokens takes 1 to 4% longer, far more than the bytes alone would.
+// writing: without this a layer of Qwen3-30B-A3B took 120.3 us at T = 8 (118.9 with it), 287.3 at 64 (279.7), 308.5 at
+// 128 (299.3).
 #pragma once
 #include "common.cuh"
 

@@ -6,6 +6,7 @@ import torch
 import warpdecode
 from cases import make_layer, make_tokens, poison
 from test_moe import kernels_of
+from warpdecode.frameworks import _torch
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +76,36 @@ def test_skewed_routings(cuda, dtype, routing):
                 first = intermediate
             assert torch.equal(intermediate[valid], first[valid]), (tokens, name)
             assert torch.equal(warpdecode.moe_down_3d_batched(call, first, ids, weights), expected), (tokens, name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("behind", [0, 16, 112])  # bytes from a multiple of 128: lines of L2 are forgotten whole
+def test_what_lies_around_the_workspace(cuda, monkeypatch, shape, behind):
+    """Dirty, wherever it lies, and nothing beside it is changed."""
+    experts, top_k, hidden, intermediate = shape
+    layer = make_layer(experts, hidden, intermediate, torch.bfloat16, cuda)
+    beside, taken = 1024, []
+
+    def workspace(size, like):
+        owner = torch.full((size + 2 * beside + 128,), 0xA5, dtype=torch.uint8, device=like.device)
+        first = beside + behind
+        poison(owner[first : first + size])
+        taken.append((owner, first, size))
+        return owner.data_ptr() + first, owner
+
+    for tokens in (1, 8, 40, 300):
+        inputs = make_tokens(layer, tokens, top_k)
+        calls = calls_of(layer, tokens, top_k)
+        expected = calls[None](*inputs)
+        for name, call in calls.items():
+            with monkeypatch.context() as patched:
+                patched.setattr(_torch, "workspace", workspace)
+                found = [call(*inputs) for _ in range(3)]
+            assert all(torch.equal(out, expected) for out in found), (tokens, name)
+            assert len(taken) == 3
+            while taken:
+                owner, first, size = taken.pop()
+                assert (owner[:first] == 0xA5).all() and (owner[first + size :] == 0xA5).all(), (tokens, name)
 
 
 def test_two_streams_at_once(cuda):
