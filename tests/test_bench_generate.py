@@ -196,6 +196,8 @@ def test_slow_variants_generate_fewer_tokens(tmp_path):
         (["--variants", "vllm"], "--variants was vllm, expected some of stock"),
         (["--new-tokens", "1"], "--new-tokens must be at least 2"),
         (["--batch", "0"], "--rounds and --batch at least 1"),
+        (["--kernels"], "--kernels was given with --device cpu, expected a CUDA device"),
+        (["--kernels", "--new-tokens", "3"], "--new-tokens was 3, expected at least 4"),
     ],
 )
 def test_wrong_options_are_refused(argv, sentence, capsys):
@@ -214,6 +216,26 @@ def test_rows_on_cuda(cuda, tmp_path):
         assert row["implementation"] == ran
         if row["mode"] == "static":
             assert row["compiled"]["graphs"] == 1 and row["compiled"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_step_on_cuda(cuda, tmp_path, capsys):
+    """Ours are launched once a layer, by the patched variant alone, whether or not the step is compiled."""
+    assert warpdecode.cuda_usable()[0]
+    more = ("--batch", "2", "--variants", "stock,patched", "--kernels")
+    code, rows = run(tmp_path / "rows.jsonl", "qwen3-30b-a3b", *more, device="cuda")
+    assert code == 0 and len(rows) == 4
+    for row in rows:
+        kernels = row["kernels"]
+        launches = {kernel["name"]: kernel["launches"] for kernel in kernels["longest"]}
+        times = [kernel["microseconds"] for kernel in kernels["longest"]]
+        assert times == sorted(times, reverse=True) and 0 < 1e-3 * sum(times) <= kernels["busy_ms"]
+        ours = {name: count for name, count in launches.items() if name in ("gate_up_direct", "down_direct")}
+        if row["variant"] == "patched":
+            assert ours == {"gate_up_direct": row["layers"], "down_direct": row["layers"]}
+        else:
+            assert not ours
+    assert "launches a step: gate_up_direct" in capsys.readouterr().out
 
 
 @torch.no_grad()

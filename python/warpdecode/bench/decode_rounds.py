@@ -12,6 +12,7 @@ import torch
 
 from warpdecode.bench.decode_floor import logits_and_distinct, logits_of_another_path, read_milliseconds
 from warpdecode.bench.generation import Generation, generate
+from warpdecode.bench.step_kernels import kernels_of_a_step
 from warpdecode.bench.timers import reason, summary
 from warpdecode.bench.variants import STOCK
 
@@ -29,6 +30,7 @@ class Settings:
     rounds: int = 3
     most_seconds: float = 8.0
     compile_config: Any = None  # of transformers; None: its own choice
+    kernels: bool = False  # record the kernels of a step, too: on a GPU
 
 
 @dataclass
@@ -80,6 +82,13 @@ def measure(
     }  # fmt: skip
     common |= _compared(rows)
     common |= _looked_at(running, rows, settings.prompt_tokens)
+    if settings.kernels:  # last: where torch's profiler was, graphs may be slower
+        for row in (row for row in rows if row["variant"] in running):
+            variant = running[row["variant"]]
+            row["kernels"] = kernels_of_a_step(
+                lambda tokens, variant=variant: _generate(variant, prompt, mode == "static", settings, tokens),
+                settings.new_tokens,
+            )
     return [{**row, **common} for row in rows]
 
 

@@ -26,6 +26,7 @@ import torch
 from warpdecode.bench import environment
 from warpdecode.bench.decode_rounds import Settings, measure
 from warpdecode.bench.random_models import MODELS, build
+from warpdecode.bench.step_kernels import LEAST
 from warpdecode.bench.variants import DEFAULT, NAMES, model_of, registered
 
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=settings.most_seconds, help="see there (default %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=settings.prompt_tokens, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=settings.rounds, help="generations timed (default %(default)s)")
+    parser.add_argument("--kernels", action="store_true", help="record each variant's CUDA kernels of a step, too")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=None, help="recorded in the rows (default: the source tree's own)")
     parser.add_argument("--output", default=None, help="append the rows to this file as JSON lines")
@@ -73,7 +75,11 @@ def rows(args: argparse.Namespace, sizes: dict, compile_config=None) -> Iterator
     batches = [int(text) for text in args.batch.split(",")]
     if args.new_tokens < 2 or args.rounds < 1 or min(batches) < 1:
         raise ValueError("--new-tokens must be at least 2, --rounds and --batch at least 1")
-    settings = Settings(args.new_tokens, args.prompt_tokens, args.rounds, args.seconds, compile_config)
+    if args.kernels and args.new_tokens < LEAST:
+        raise ValueError(f"--new-tokens was {args.new_tokens}, expected at least {LEAST} with --kernels")
+    if args.kernels and not args.device.startswith("cuda"):
+        raise ValueError(f"--kernels was given with --device {args.device}, expected a CUDA device")
+    settings = Settings(args.new_tokens, args.prompt_tokens, args.rounds, args.seconds, compile_config, args.kernels)
     start = time.perf_counter()
     with registered():
         for name in names:
@@ -106,9 +112,15 @@ def _line(row: dict) -> str:
     speed, step = row["tokens_per_second"], row["step_ms"]["median"]
     stock = f", {row['ratio_to_stock']:.2f} of stock" if row["ratio_to_stock"] else ""
     null = f", {row['of_null']:.2f} of null" if row["of_null"] else ""
+    kernels = "".join(
+        f"\n  {kernel['microseconds']:8.1f} us in {kernel['launches']:5.1f} launches a step: {kernel['name']}"
+        for kernel in row.get("kernels", {}).get("longest", ())
+    )
+    if kernels:
+        kernels = f"\n  busy {row['kernels']['busy_ms']:.2f} ms in {row['kernels']['launches']:.0f} launches" + kernels
     return (
         f"{name} ({row['implementation']}): {speed['median']:.1f} tokens/s ({speed['p10']:.1f} to {speed['p90']:.1f}), "
-        f"{step:.2f} ms a step{stock}{null}"
+        f"{step:.2f} ms a step{stock}{null}{kernels}"
     )
 
 

@@ -26,30 +26,34 @@ def shortened(name: str) -> str:
     return name.strip().split("::")[-1][:80]
 
 
-def _recorded(calls: dict[str, Callable]) -> list[str]:
-    """Names of all kernels in the order in which they started, a mark before each candidate's."""
+def recorded(call: Callable) -> list:
+    """The events of all kernels that a call runs on the GPU, in the order in which they started."""
     # A process that captures graphs must not have the profiler's hooks removed and put back (torch sets the same for
     # the versions that crashed).
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for call in calls.values():
-            torch.cuda._sleep(1000)
-            call()
+        call()
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    return sorted(events, key=lambda event: event.time_range.start)
+
+
+def _all_marked(calls: dict[str, Callable]) -> None:
+    for call in calls.values():
+        torch.cuda._sleep(1000)
+        call()
 
 
 def kernels_seen(calls: dict[str, Callable]) -> dict[str, list[str]] | None:
     """The kernels of one call of each candidate, each name once; None where the profiler sees none."""
     groups: list[list[str]] = []
-    for name in _recorded(calls):
-        if _MARK in name:
+    for event in recorded(lambda: _all_marked(calls)):
+        if _MARK in event.name:
             groups.append([])
         elif groups:
-            groups[-1].append(shortened(name))
+            groups[-1].append(shortened(event.name))
     if len(groups) != len(calls) or not any(groups):
         return None
     return {name: list(dict.fromkeys(group)) for name, group in zip(calls, groups, strict=True)}
