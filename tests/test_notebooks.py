@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import warpdecode
+
 nbformat = pytest.importorskip("nbformat")
 NotebookClient = pytest.importorskip("nbclient").NotebookClient
 pytest.importorskip("matplotlib")
@@ -22,6 +24,11 @@ def texts(cell):
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code" and "def " not in cell.source)
+    stored = "".join(text for cell in notebook.cells for text in texts(cell))
+    outdated = [
+        kernel.name for kernel in warpdecode.kernels() if kernel.name in stored and kernel.description not in stored
+    ]
+    assert not outdated, f"the notebook's outputs are of older kernels: run it again ({outdated})"
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()  # raises where a cell raises
     shown = [text for cell in notebook.cells for text in texts(cell)]
     assert "True" in shown  # the bits of tokens alone and together
