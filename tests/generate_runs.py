@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
-import time
+import sys
 
 import pytest
 
@@ -127,8 +127,28 @@ def begun_like(reference, output, content=None):
     output.write_bytes(reference.read_bytes() if content is None else content)
 
 
-def in_child(log, argv):
-    """Run the command line in a forked child, what it prints going to ``log``."""
+def strike(number, event, function, nth, later=0):
+    """Have this process send itself ``number``, a signal, at ``function``'s ``nth`` event, or ``later`` more events on.
+
+    The moment is a place in the run and no time, so a busy machine does not move it and the run cannot end before.
+    Events are those of ``sys.setprofile``: "call" as a function begins, "return" as it ends, of C functions too.
+    """
+
+    def seen(frame, what, _):
+        nonlocal nth, later
+        if nth:
+            nth -= what == event and frame.f_code is function.__code__
+        else:
+            later -= 1
+        if not nth and later <= 0:
+            sys.setprofile(None)
+            os.kill(os.getpid(), number)
+
+    sys.setprofile(seen)
+
+
+def in_child(log, argv, struck=None):
+    """Run the command line in a forked child, what it prints going to ``log``; ``struck`` is what ``strike`` takes."""
     import torch
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -136,6 +156,8 @@ def in_child(log, argv):
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     torch.set_num_threads(1)
+    if struck is not None:
+        strike(*struck)
     os._exit(cli.main(argv))
 
 
@@ -146,8 +168,17 @@ def processes():
     return context
 
 
-def wait_until(condition, process):
-    end = time.monotonic() + 60
-    while not condition() and process.is_alive():
-        assert time.monotonic() < end, "nothing happened in a minute"
-        time.sleep(0.002)
+@pytest.fixture
+def run_child(processes, model_folder, prompts_file, tmp_path):
+    """Return a function that runs ``generate`` in a process of its own and gives its exit code and what it printed."""
+
+    def run(output, struck=None, **changed):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        argv = arguments(model_folder, prompts_file, output, **changed)
+        child = processes.Process(target=in_child, args=(log, argv, struck))
+        child.start()
+        child.join()
+        return child.exitcode, log.read_text() if log.exists() else ""
+
+    return run

@@ -1,14 +1,13 @@
 """``warpdecode generate``: files that it does not resume, because something else would be in the rest of them."""
 
-import fcntl
 import json
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from generate_runs import OPTIONS, PROMPTS, arguments, begun_like, in_child, lines_in, save_model, wait_until
-from warpdecode.generate.journal import meta_path
+from generate_runs import OPTIONS, PROMPTS, begun_like, save_model
+from warpdecode.generate.journal import Journal, meta_path
 from warpdecode.generate.settings import WEIGHTS_SUFFIXES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,15 +101,16 @@ def test_a_file_that_was_changed_is_refused(generate, reference, tmp_path, line)
     assert path.read_bytes() == b"".join(lines)
 
 
-def test_a_file_that_another_run_writes_is_refused(processes, generate, model_folder, prompts_file, tmp_path):
-    output = tmp_path / "out.jsonl"
-    argv = arguments(model_folder, prompts_file, output, samples=1000)
-    child = processes.Process(target=in_child, args=(tmp_path / "log", argv))
-    child.start()
-    wait_until(lambda: lines_in(output), child)
-    code, _, printed = generate(samples=1000)
-    child.kill()
-    child.join()
-    assert code == 1 and "is being written by another run" in printed
-    with output.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock went with the process
+def test_a_file_that_another_run_writes_is_refused(run_child, generate, monkeypatch):
+    append, seen = Journal.append, []
+
+    def then_another(journal, rows):
+        append(journal, rows)
+        seen.append((*run_child(journal.output), journal.output.read_bytes()))
+
+    monkeypatch.setattr(Journal, "append", then_another)
+    code, path, _ = generate()
+    assert code == 0 and len(seen) == 4, "one for each batch"
+    for code, said, content in seen:
+        assert code == 1 and "is being written by another run" in said
+        assert path.read_bytes().startswith(content), "the other run wrote nothing"

@@ -1,7 +1,6 @@
 """``warpdecode generate``: the file is that of an uninterrupted run, however often writing it was interrupted."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -9,36 +8,38 @@ import time
 
 import pytest
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers")  # and torch, which Rollout imports
 
-from generate_runs import PROMPTS, arguments, begun_like, in_child, lines_in, wait_until
-from warpdecode import cli
-from warpdecode.generate.journal import meta_path
+from generate_runs import PROMPTS, begun_like, lines_in
+from warpdecode.generate.journal import Journal, meta_path
+from warpdecode.generate.rollout import Rollout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_killed_at_random_moments_the_file_is_that_of_an_uninterrupted_run(
-    processes, generate, model_folder, prompts_file, tmp_path
-):
+# Where a run is killed: some events after the nth time that the function begins. 60 samples in 15 batches; each of
+# these runs writes at most the batches named here and the one that 3000 events reach.
+PLACES = [
+    (Journal.__init__, 1, 500),  # as the file and its settings are written
+    (Journal.__init__, 1, 3000),
+    (Journal.append, 1, 100),  # as a batch is written
+    (Journal.append, 3, 3000),
+    (Journal.append, 2, 100),
+]
+
+
+def test_killed_at_random_places_the_file_is_that_of_an_uninterrupted_run(run_child, generate, tmp_path):
     settings = {"samples": 12, "max_new_tokens": 16}
     code, whole, _ = generate("whole.jsonl", **settings)
     assert code == 0 and lines_in(whole) == 60
     output, chance, kills = tmp_path / "killed.jsonl", random.Random(time.time_ns()), []
-    argv = arguments(model_folder, prompts_file, output, **settings)
-    for batches in (0, 1, 3, 2):
-        child = processes.Process(target=in_child, args=(tmp_path / "log", argv))
-        child.start()
-        # The first kill before or in the first batch, the others some batches later and anywhere inside one.
-        goal = lines_in(output) + 4 * batches
-        wait_until(lambda: output.exists() and lines_in(output) >= goal, child)  # noqa: B023
-        time.sleep(chance.uniform(0, 0.1))
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
-        kills.append(lines_in(output))
-    assert kills[-1] < 60, kills
-    assert cli.main(arguments(model_folder, prompts_file, output, **settings)) == 0
+    for function, nth, most in PLACES:
+        later = chance.randrange(most)
+        code, said = run_child(output, (signal.SIGKILL, "call", function, nth, later), **settings)
+        kills.append((function.__qualname__, nth, later, lines_in(output)))
+        assert code == -signal.SIGKILL, (kills, said)
+    code, _, said = generate("killed.jsonl", **settings)
+    assert code == 0 and "is complete: it has all 60 samples. Nothing was done" not in said, kills
     assert output.read_bytes() == whole.read_bytes(), kills
 
 
@@ -96,29 +97,19 @@ def test_settings_of_a_removed_file_do_not_bind(generate, reference):
     assert json.loads(meta_path(path).read_text())["settings"]["seed"] == 0
 
 
-def test_the_settings_are_there_before_the_first_sample(processes, model_folder, prompts_file, tmp_path):
+def test_the_settings_are_there_before_the_first_sample(run_child, tmp_path):
     output = tmp_path / "out.jsonl"
-    child = processes.Process(target=in_child, args=(tmp_path / "log", arguments(model_folder, prompts_file, output)))
-    child.start()
-    wait_until(output.exists, child)
-    wait_until(meta_path(output).exists, child)
+    code, said = run_child(output, (signal.SIGKILL, "call", Rollout.batches, 1))
+    assert code == -signal.SIGKILL, said
     assert output.read_bytes() == b"" and json.loads(meta_path(output).read_text())["settings"]["seed"] == 0
-    child.kill()
-    child.join()
 
 
-def test_ctrl_c_says_how_to_resume(processes, generate, model_folder, prompts_file, tmp_path):
-    output, log = tmp_path / "out.jsonl", tmp_path / "log"
-    argv = arguments(model_folder, prompts_file, output, samples=20)
-    child = processes.Process(target=in_child, args=(log, argv))
-    child.start()
-    wait_until(lambda: lines_in(output), child)
-    os.kill(child.pid, signal.SIGINT)
-    child.join()
-    assert child.exitcode == 130, log.read_text()
-    said = log.read_text()
-    assert f"Interrupted: {lines_in(output)} of 100 samples are in {output}. Run the same command again" in said
-    assert "Traceback" not in said and 0 < lines_in(output) < 100
+def test_ctrl_c_says_how_to_resume(run_child, generate, tmp_path):
+    output = tmp_path / "out.jsonl"
+    code, said = run_child(output, (signal.SIGINT, "return", Journal.append, 2), samples=20)
+    assert code == 130 and lines_in(output) == 8, said
+    assert f"Interrupted: 8 of 100 samples are in {output}. Run the same command again" in said
+    assert "Traceback" not in said
     assert generate(samples=20)[0] == 0 and lines_in(output) == 100
 
 
