@@ -148,8 +148,7 @@ wd_status wd_cuda_device_count(int32_t *count) {
 
 wd_status wd_get_cuda_device_info(int32_t device, wd_cuda_device_info *info) {
   WD_CHECK(info != NULL, WD_INVALID_ARGUMENT, "info: was NULL, expected a wd_cuda_device_info");
-  WD_CHECK(info->struct_size == sizeof *info, WD_INVALID_ARGUMENT, "info: struct_size was %zu, expected %zu",
-           info->struct_size, sizeof *info);
+  WD_TRY(wd_check_struct_size(info->struct_size, sizeof *info, "info"));
   int32_t count = 0;
   WD_TRY(wd_cuda_device_count(&count));
   WD_CHECK(device >= 0 && device < count, WD_INVALID_ARGUMENT, "device: was %d, expected 0 to %d", device, count - 1);

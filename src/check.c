@@ -14,6 +14,13 @@ wd_status wd_fail(wd_status status, const char *format, ...) {
   return status;
 }
 
+wd_status wd_check_struct_size(size_t was, size_t expected, const char *name) {
+  WD_CHECK(was == expected, WD_INVALID_ARGUMENT,
+           "%s: struct_size was %zu, expected %zu, as in the warpdecode.h of version %s", name, was, expected,
+           wd_version());
+  return WD_OK;
+}
+
 const char *wd_last_error(void) {
   return last_error;
 }

@@ -11,6 +11,9 @@ extern "C" {
 /* Stores the sentence for wd_last_error() and returns status. */
 wd_status wd_fail(wd_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* A struct of the caller must be as large as this library's: `was`, its struct_size, tells an older or newer header. */
+wd_status wd_check_struct_size(size_t was, size_t expected, const char *name);
+
 #define WD_CHECK(condition, status, ...)                                                                               \
   do {                                                                                                                 \
     if (!(condition)) return wd_fail((status), __VA_ARGS__);                                                           \

@@ -23,7 +23,7 @@ void wd_gate_up_cpu(const wd_gate_up_args *args, const wd_cpu_isa *isa, wd_threa
 void wd_down_cpu(const wd_down_args *args, const wd_cpu_isa *isa, wd_threads *threads);
 
 /* Reads `bytes` (a multiple of 16) and stores their xor to sink (8 bytes): a benchmark's ceiling. */
-void wd_read_cpu(const void *memory, size_t bytes, void *sink, wd_threads *threads);
+void wd_read_cpu(const void *memory, size_t bytes, void *sink, const wd_cpu_isa *isa, wd_threads *threads);
 
 /* Runs task(context, worker, workers) once per worker, on the pool if it is free, and returns when all have ended. With
  * threads NULL or busy: task(context, 0, 1) on the calling thread. */

@@ -4,9 +4,9 @@
  * addresses; the rest is numbers. After the checks a layout is strides, and nothing else of it reaches a kernel. */
 #include "experts.h"
 
+#include "dtype.h"
 #include <math.h>
 #include <stdio.h>
-#include <string.h>
 
 enum { MAX_EXPERTS = 65535, MAX_SIZE = 1 << 24 };
 
@@ -58,6 +58,15 @@ static wd_status check_flag(int32_t value, const char *name) {
   return WD_OK;
 }
 
+/* By its bits: where a process has set denormals-are-zero, a comparison takes subnormal numbers for zero as well. */
+static int is_zero(float value) {
+  return wd_float_bits(value) << 1 == 0;
+}
+
+static int is_zero_or_more(float value) {
+  return !isnan(value) && (!signbit(value) || is_zero(value));
+}
+
 /* Flags, and properties that exclude each other. */
 static wd_status check_properties(const wd_moe_experts *g) {
   WD_CHECK(g->activation >= WD_ACTIVATION_SILU && g->activation <= WD_ACTIVATION_RELU2, WD_INVALID_ARGUMENT,
@@ -69,31 +78,33 @@ static wd_status check_properties(const wd_moe_experts *g) {
   WD_TRY(check_flag(g->no_gate, "no_gate"));
   WD_TRY(check_flag(g->weight_on_input, "weight_on_input"));
   WD_TRY(check_flag(g->clamp_after_activation, "clamp_after_activation"));
-  WD_CHECK(!g->no_gate || g->up_proj == NULL, WD_INVALID_ARGUMENT,
-           "up_proj: was given, expected NULL with no_gate, where gate_up_proj is the only projection");
+  WD_CHECK(!g->no_gate || (g->up_proj == NULL && g->up_pointers == NULL), WD_INVALID_ARGUMENT,
+           "%s: was given, expected NULL with no_gate, where gate_up_proj is the only projection",
+           g->up_proj != NULL ? "up_proj" : "up_pointers");
   WD_CHECK(!g->is_interleaved || (!g->no_gate && g->up_proj == NULL), WD_INVALID_ARGUMENT,
            "experts: is_interleaved was 1, expected 0 with %s, where gate_up_proj is one projection",
            g->no_gate ? "no_gate" : "up_proj");
-  WD_CHECK(g->up_bias == NULL || g->up_proj != NULL, WD_INVALID_ARGUMENT,
-           "up_bias: was given, expected NULL without up_proj, where gate_up_bias has all biases");
-  WD_CHECK(g->limit >= 0.0f, WD_INVALID_ARGUMENT, "experts: limit was %g, expected 0 (none) or more", (double)g->limit);
-  WD_CHECK(g->limit == 0.0f || !g->no_gate, WD_INVALID_ARGUMENT, "experts: limit was %g, expected 0 with no_gate",
+  WD_CHECK((g->up_bias == NULL && g->up_bias_pointers == NULL) || g->up_proj != NULL, WD_INVALID_ARGUMENT,
+           "%s: was given, expected NULL without up_proj, where gate_up_bias has all biases",
+           g->up_bias != NULL ? "up_bias" : "up_bias_pointers");
+  WD_CHECK(is_zero_or_more(g->limit), WD_INVALID_ARGUMENT, "experts: limit was %g, expected 0 (none) or more",
            (double)g->limit);
-  WD_CHECK(isfinite(g->alpha) && g->alpha >= 0.0f, WD_INVALID_ARGUMENT,
+  WD_CHECK(is_zero(g->limit) || !g->no_gate, WD_INVALID_ARGUMENT, "experts: limit was %g, expected 0 with no_gate",
+           (double)g->limit);
+  WD_CHECK(isfinite(g->alpha) && is_zero_or_more(g->alpha), WD_INVALID_ARGUMENT,
            "experts: alpha was %g, expected 0 (none) or a finite number above", (double)g->alpha);
-  WD_CHECK(g->alpha == 0.0f || g->activation == WD_ACTIVATION_SILU, WD_INVALID_ARGUMENT,
+  WD_CHECK(is_zero(g->alpha) || g->activation == WD_ACTIVATION_SILU, WD_INVALID_ARGUMENT,
            "experts: alpha was %g, expected 0 with activation %d: silu alone has it", (double)g->alpha, g->activation);
   WD_CHECK(isfinite(g->up_offset), WD_INVALID_ARGUMENT, "experts: up_offset was %g, expected a finite number",
            (double)g->up_offset);
-  WD_CHECK(g->up_offset == 0.0f || !g->no_gate, WD_INVALID_ARGUMENT,
+  WD_CHECK(is_zero(g->up_offset) || !g->no_gate, WD_INVALID_ARGUMENT,
            "experts: up_offset was %g, expected 0 with no_gate", (double)g->up_offset);
   return WD_OK;
 }
 
 /* gate_up_proj, which decides E, H, I, dtype and device. */
 static wd_status check_gate_up(wd_experts *x, part p) {
-  const wd_moe_experts *const g = &x->given;
-  const int both = !g->no_gate && g->up_proj == NULL, transposed = g->is_transposed == WD_TRANSPOSED_ALL;
+  const int both = x->both, transposed = x->transposed;
   const int64_t any[2] = {WD_ANY, WD_ANY};
   WD_TRY(check_table(p, WD_ANY));
   WD_TRY(check_shape(p, WD_ANY, 2, any, transposed ? both ? "H, 2I" : "H, I" : both ? "2I, H" : "I, H"));
@@ -162,16 +173,15 @@ static wd_bias bias_of(part p, int64_t rows, wd_dtype dtype) {
 static void lay_out(wd_experts *x, const part parts[static PARTS], const wd_dtype bias_dtypes[static PARTS]) {
   const wd_moe_experts *const g = &x->given;
   const int64_t I = x->shape.intermediate, H = x->shape.hidden;
-  const int both = !g->no_gate && g->up_proj == NULL, all = g->is_transposed == WD_TRANSPOSED_ALL;
-  const int64_t rows = both ? 2 * I : I;
-  x->gate = matrix_of(parts[GATE_UP], rows, H, all);
+  const int64_t rows = x->both ? 2 * I : I;
+  x->gate = matrix_of(parts[GATE_UP], rows, H, x->transposed);
   x->gate_bias = bias_of(parts[GATE_UP_BIAS], rows, bias_dtypes[GATE_UP_BIAS]);
   x->down = matrix_of(parts[DOWN], H, I, g->is_transposed != WD_TRANSPOSED_NONE);
   x->down_bias = bias_of(parts[DOWN_BIAS], H, bias_dtypes[DOWN_BIAS]);
   if (g->up_proj != NULL) {
-    x->up = matrix_of(parts[UP], I, H, all);
+    x->up = matrix_of(parts[UP], I, H, x->transposed);
     x->up_bias = bias_of(parts[UP_BIAS], I, bias_dtypes[UP_BIAS]);
-  } else if (both) {
+  } else if (x->both) {
     const int64_t up_row = g->is_interleaved ? 1 : I;
     x->up = x->gate;
     x->up_bias = x->gate_bias;
@@ -187,31 +197,22 @@ static void lay_out(wd_experts *x, const part parts[static PARTS], const wd_dtyp
 }
 
 static wd_gating gating_of(const wd_moe_experts *g) {
-  const float limit = g->limit == 0.0f ? INFINITY : g->limit;
+  const float limit = is_zero(g->limit) ? INFINITY : g->limit;
   return (wd_gating){.activation = g->activation,
                      .has_up = !g->no_gate,
-                     .alpha = g->alpha == 0.0f ? 1.0f : g->alpha,
+                     .alpha = is_zero(g->alpha) ? 1.0f : g->alpha,
                      .limit_before = g->clamp_after_activation ? INFINITY : limit,
                      .limit_after = g->clamp_after_activation ? limit : INFINITY,
                      .up_limit = limit,
-                     .up_offset = g->up_offset == 0.0f ? -0.0f : g->up_offset};
+                     .up_offset = is_zero(g->up_offset) ? -0.0f : g->up_offset};
 }
-
-/* The struct of 0.1.0 ended with `activation` and, behind it, four bytes of padding: no field may lie there, or it
- * would read what an older caller left in them. */
-_Static_assert(offsetof(wd_moe_experts, up_proj) % sizeof(void *) == 0 &&
-                   offsetof(wd_moe_experts, up_proj) >= offsetof(wd_moe_experts, activation) + 2 * sizeof(int32_t) &&
-                   sizeof(wd_moe_experts) == offsetof(wd_moe_experts, up_offset) + sizeof(float),
-               "new fields follow the padding, and there is none at the end");
 
 wd_status wd_check_experts(const wd_moe_experts *given, wd_experts *x) {
   WD_CHECK(given != NULL, WD_INVALID_ARGUMENT, "experts: was NULL, expected a wd_moe_experts");
-  const size_t size = given->struct_size, least = offsetof(wd_moe_experts, activation) + sizeof given->activation;
-  WD_CHECK(size >= least && size <= sizeof *given, WD_INVALID_ARGUMENT,
-           "experts: struct_size was %zu, expected %zu; a larger one comes from a newer warpdecode.h than this library",
-           size, sizeof *given);
-  *x = (wd_experts){0};
-  memcpy(&x->given, given, size);
+  WD_TRY(wd_check_struct_size(given->struct_size, sizeof *given, "experts"));
+  *x = (wd_experts){.given = *given,
+                    .both = !given->no_gate && given->up_proj == NULL,
+                    .transposed = given->is_transposed == WD_TRANSPOSED_ALL};
   const wd_moe_experts *const g = &x->given;
   part parts[PARTS];
   parts_of(g, parts);
@@ -220,14 +221,13 @@ wd_status wd_check_experts(const wd_moe_experts *given, wd_experts *x) {
   WD_TRY(check_gate_up(x, parts[GATE_UP]));
   const int64_t I = x->shape.intermediate, H = x->shape.hidden;
   const int64_t hi[2] = {H, I}, ih[2] = {I, H};
-  const int all = g->is_transposed == WD_TRANSPOSED_ALL, both = !g->no_gate && g->up_proj == NULL;
   if (g->is_transposed)
     WD_TRY(check_weights(x, parts[DOWN], ih, "I, H"));
   else
     WD_TRY(check_weights(x, parts[DOWN], hi, "H, I"));
   if (g->up_proj != NULL || g->up_pointers != NULL)
-    WD_TRY(check_weights(x, parts[UP], all ? hi : ih, all ? "H, I" : "I, H"));
-  WD_TRY(check_bias(x, parts[GATE_UP_BIAS], both ? 2 * I : I, both ? "2I" : "I", &bias_dtypes[GATE_UP_BIAS]));
+    WD_TRY(check_weights(x, parts[UP], x->transposed ? hi : ih, x->transposed ? "H, I" : "I, H"));
+  WD_TRY(check_bias(x, parts[GATE_UP_BIAS], x->both ? 2 * I : I, x->both ? "2I" : "I", &bias_dtypes[GATE_UP_BIAS]));
   WD_TRY(check_bias(x, parts[UP_BIAS], I, "I", &bias_dtypes[UP_BIAS]));
   WD_TRY(check_bias(x, parts[DOWN_BIAS], H, "H", &bias_dtypes[DOWN_BIAS]));
   lay_out(x, parts, bias_dtypes);

@@ -5,10 +5,12 @@
 #include "tensor.h"
 
 typedef struct {
-  wd_moe_experts given; /* fields that the caller's struct did not have are zero */
-  wd_moe_shape shape;   /* experts, hidden, intermediate, dtype; the rest is the call's */
-  DLDevice device;      /* kDLCPU or kDLCUDA */
-  size_t alignment;     /* that floats of this device need, in bytes */
+  wd_moe_experts given;
+  int both;           /* gate_up_proj has the rows of gate and of up */
+  int transposed;     /* gate_up_proj and up_proj are */
+  wd_moe_shape shape; /* experts, hidden, intermediate, dtype; the rest is the call's */
+  DLDevice device;    /* kDLCPU or kDLCUDA */
+  size_t alignment;   /* that floats of this device need, in bytes */
   wd_matrix gate, up, down;
   wd_bias gate_bias, up_bias, down_bias;
   wd_gating gating;

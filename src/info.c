@@ -19,8 +19,7 @@ const char *wd_numerics_id(void) {
 
 wd_status wd_get_build_info(wd_build_info *info) {
   WD_CHECK(info != NULL, WD_INVALID_ARGUMENT, "info: was NULL, expected a wd_build_info");
-  WD_CHECK(info->struct_size == sizeof *info, WD_INVALID_ARGUMENT, "info: struct_size was %zu, expected %zu",
-           info->struct_size, sizeof *info);
+  WD_TRY(wd_check_struct_size(info->struct_size, sizeof *info, "info"));
 #ifdef WD_WITH_CUDA
   info->cuda_compiled = 1;
 #else
@@ -43,8 +42,7 @@ int32_t wd_kernel_count(void) {
 wd_status wd_get_kernel_info(int32_t index, wd_kernel_info *info) {
   wd_kernel kernel;
   WD_CHECK(info != NULL, WD_INVALID_ARGUMENT, "info: was NULL, expected a wd_kernel_info");
-  WD_CHECK(info->struct_size == sizeof *info, WD_INVALID_ARGUMENT, "info: struct_size was %zu, expected %zu",
-           info->struct_size, sizeof *info);
+  WD_TRY(wd_check_struct_size(info->struct_size, sizeof *info, "info"));
   WD_CHECK(wd_kernel_at(index, &kernel), WD_INVALID_ARGUMENT, "index: was %d, expected 0 to %d", index,
            wd_kernel_count() - 1);
   info->name = kernel.name;

@@ -43,7 +43,7 @@ typedef struct {
 } wd_rows;
 
 /* sums[v][r] = weights[r, :] . vectors[v], r < rows (a multiple of WD_ROW_STEP), v < count <= WD_MAX_VECTORS. `dots` is
- * for k_stride 1, `dots_transposed` for any other, with row_stride 1 or 2. */
+ * for k_stride 1, `dots_transposed` for any other, with row_stride 1. */
 typedef void wd_dots_fn(wd_rows weights, int64_t rows, int64_t n, const float *const *vectors, int32_t count,
                         float *const *sums);
 

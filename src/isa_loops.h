@@ -5,6 +5,10 @@
 #ifndef WD_ISA_LOOPS_H
 #define WD_ISA_LOOPS_H
 
+#ifdef __FAST_MATH__
+#error "warpdecode's bits are a contract: compile without -ffast-math (-Ofast sets it)"
+#endif
+
 #include "activation.h"
 #include "dtype.h"
 #include "isa.h"

@@ -31,16 +31,8 @@ static void read_blocks(void *context, int32_t worker, int32_t workers) {
   atomic_fetch_xor_explicit(&job->sum, sum, memory_order_relaxed);
 }
 
-/* The read of the best instruction set that this machine has. */
-static wd_read_fn *best_read(void) {
-  int32_t best = 0;
-  while (!wd_cpu_isa_usable(wd_cpu_isa_at(best))) /* the last one is */
-    best++;
-  return wd_cpu_isa_at(best)->read;
-}
-
-void wd_read_cpu(const void *memory, size_t bytes, void *sink, wd_threads *threads) {
-  read_job job = {.words = memory, .count = bytes / sizeof(uint64_t), .read = best_read()};
+void wd_read_cpu(const void *memory, size_t bytes, void *sink, const wd_cpu_isa *isa, wd_threads *threads) {
+  read_job job = {.words = memory, .count = bytes / sizeof(uint64_t), .read = isa->read};
   atomic_init(&job.next_block, 0);
   atomic_init(&job.sum, 0);
   wd_threads_run(threads, read_blocks, &job);

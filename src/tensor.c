@@ -53,7 +53,7 @@ wd_status wd_check_shape(const DLTensor *tensor, const char *name, int32_t ndim,
   WD_CHECK(tensor != NULL, WD_INVALID_ARGUMENT, "%s: was NULL, expected a tensor %s", name, letters);
   WD_CHECK(tensor->ndim == ndim, WD_INVALID_ARGUMENT, "%s: had %d axes, expected %d: %s", name, tensor->ndim, ndim,
            letters);
-  WD_CHECK(tensor->shape != NULL, WD_INVALID_ARGUMENT, "%s: shape was NULL, expected %s", name, letters);
+  WD_CHECK(tensor->shape != NULL || ndim == 0, WD_INVALID_ARGUMENT, "%s: shape was NULL, expected %s", name, letters);
   for (int32_t i = 0; i < ndim; i++)
     WD_CHECK(tensor->shape[i] >= 0 && (shape[i] == WD_ANY || tensor->shape[i] == shape[i]), WD_INVALID_ARGUMENT,
              "%s: shape was %s, expected %s = %s", name, list_text(was, tensor->shape, ndim, false), letters,

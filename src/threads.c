@@ -11,6 +11,7 @@
 
 #include <fenv.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -97,6 +98,8 @@ void wd_threads_run(wd_threads *threads, wd_task *task, void *context) {
     run_task(task, context, 0, 1);
     return;
   }
+  int cancelable; /* a caller that were cancelled while it waits would leave the workers its stack, and the locks */
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancelable);
   threads->task = task;
   threads->context = context;
   atomic_store(&threads->running, threads->started);
@@ -107,32 +110,55 @@ void wd_threads_run(wd_threads *threads, wd_task *task, void *context) {
   run_task(task, context, 0, threads->count);
   await_zero(threads);
   pthread_mutex_unlock(&threads->busy);
+  pthread_setcancelstate(cancelable, &cancelable);
 }
 
-wd_status wd_threads_create(int32_t count, wd_threads **threads) {
-  if (threads == NULL) return wd_fail(WD_INVALID_ARGUMENT, "threads is NULL: it receives the pool");
-  *threads = NULL;
-  if (count < 1)
-    return wd_fail(WD_INVALID_ARGUMENT, "count is %d; a pool needs at least 1 thread, the caller", (int)count);
-  const size_t workers = (size_t)count - 1;
-  wd_threads *const pool = calloc(1, sizeof *pool + workers * sizeof pool->workers[0]);
-  if (pool == NULL) return wd_fail(WD_OUT_OF_MEMORY, "no memory for a pool of %d threads", (int)count);
-  pthread_mutex_init(&pool->busy, NULL);
-  pthread_mutex_init(&pool->mutex, NULL);
-  pthread_cond_init(&pool->wake, NULL);
-  pthread_cond_init(&pool->done, NULL);
-  pool->count = count;
-  for (; pool->started < count - 1; pool->started++) {
+/* The pool's locks; 0, or the error of the one that failed. */
+static int make_locks(wd_threads *pool) {
+  int error = pthread_mutex_init(&pool->busy, NULL);
+  if (error == 0) error = pthread_mutex_init(&pool->mutex, NULL);
+  if (error == 0) error = pthread_cond_init(&pool->wake, NULL);
+  if (error == 0) error = pthread_cond_init(&pool->done, NULL);
+  return error;
+}
+
+/* Starts count - 1 workers; 0, or the error of the one that failed. The process' signals are not theirs: a thread
+ * starts with the mask of the one that creates it. */
+static int start_workers(wd_threads *pool) {
+  sigset_t all, own;
+  sigfillset(&all);
+  int error = pthread_sigmask(SIG_SETMASK, &all, &own);
+  if (error != 0) return error;
+  while (error == 0 && pool->started < pool->count - 1) {
     struct worker *const worker = &pool->workers[pool->started];
     worker->pool = pool;
     worker->index = pool->started + 1;
-    const int error = pthread_create(&worker->thread, NULL, worker_main, worker);
-    if (error != 0) {
-      const int32_t started = pool->started;
-      wd_threads_destroy(pool);
-      return wd_fail(WD_OUT_OF_MEMORY, "thread %d of %d could not be started: pthread_create gave %d", (int)started + 1,
-                     (int)count - 1, error);
-    }
+    error = pthread_create(&worker->thread, NULL, worker_main, worker);
+    pool->started += error == 0;
+  }
+  const int restored = pthread_sigmask(SIG_SETMASK, &own, NULL);
+  return error != 0 ? error : restored;
+}
+
+wd_status wd_threads_create(int32_t count, wd_threads **threads) {
+  WD_CHECK(threads != NULL, WD_INVALID_ARGUMENT, "threads: was NULL, expected a place for the pool");
+  *threads = NULL;
+  WD_CHECK(count >= 1, WD_INVALID_ARGUMENT, "count: was %d, expected 1 (the caller alone) or more", (int)count);
+  wd_threads *const pool = calloc(1, sizeof *pool + ((size_t)count - 1) * sizeof pool->workers[0]);
+  WD_CHECK(pool != NULL, WD_OUT_OF_MEMORY, "count: was %d, expected a pool that there is memory for", (int)count);
+  pool->count = count;
+  int error = make_locks(pool);
+  if (error != 0) {
+    free(pool); /* those that were made hold nothing */
+    return wd_fail(WD_OUT_OF_MEMORY, "count: was %d, and the system gave no lock for the pool (error %d)", (int)count,
+                   error);
+  }
+  error = start_workers(pool);
+  if (error != 0) {
+    const int32_t started = pool->started;
+    wd_threads_destroy(pool);
+    return wd_fail(WD_OUT_OF_MEMORY, "count: was %d, and the system gave %d threads beside the caller (error %d)",
+                   (int)count, (int)started, error);
   }
   *threads = pool;
   return WD_OK;

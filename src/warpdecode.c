@@ -14,6 +14,7 @@ static const struct {
 typedef struct {
   wd_experts experts;
   wd_moe_shape shape; /* tokens: of the whole call */
+  int64_t pass;       /* tokens of a pass; the last may have fewer */
   DLDevice device;
   const DLTensor *hidden_states, *topk_ids, *topk_weights, *intermediate, *output;
   wd_dtype topk_weights_dtype;
@@ -24,37 +25,32 @@ typedef struct {
   wd_kernel kernel;
 } call;
 
-static int64_t tokens_per_pass(const wd_moe_shape *shape, int32_t device_type) {
-  const int64_t routes = device_type == kDLCUDA ? cuda_pass.routes : cpu_pass.routes;
-  const int64_t values = device_type == kDLCUDA ? cuda_pass.values : cpu_pass.values;
-  const int64_t by_values = values / ((int64_t)shape->hidden + shape->intermediate);
-  const int64_t tokens = (by_values < routes ? by_values : routes) / shape->top_k;
-  return tokens > 1 ? tokens : 1;
+static int on_cuda(const call *c) {
+  return c->device.device_type == kDLCUDA;
+}
+
+static int64_t tokens_per_pass(const call *c) {
+  const int64_t routes = on_cuda(c) ? cuda_pass.routes : cpu_pass.routes;
+  const int64_t values = on_cuda(c) ? cuda_pass.values : cpu_pass.values;
+  const int64_t by_values = values / ((int64_t)c->shape.hidden + c->shape.intermediate);
+  const int64_t tokens = (by_values < routes ? by_values : routes) / c->shape.top_k, most = tokens > 1 ? tokens : 1;
+  return c->shape.tokens < most ? c->shape.tokens : most;
 }
 
 static size_t round_up(size_t bytes) {
   return (bytes + 127) / 128 * 128; /* so that what lies behind begins a line of L2, too */
 }
 
-static int64_t pass_tokens(const wd_moe_shape *shape, int32_t device_type) {
-  const int64_t limit = tokens_per_pass(shape, device_type);
-  return shape->tokens < limit ? shape->tokens : limit;
-}
-
-static size_t pass_intermediate_bytes(const wd_moe_shape *shape, int32_t device_type) {
-  wd_moe_shape pass = *shape;
-  pass.tokens = pass_tokens(shape, device_type);
-  const int64_t routes = device_type == kDLCUDA ? 8 * wd_column_groups(&pass) : pass.tokens * pass.top_k;
-  return round_up((size_t)routes * (size_t)wd_intermediate_parts(shape->dtype) *
-                  (((size_t)shape->intermediate + 31) / 32 * 32) * wd_dtype_size(shape->dtype));
-}
-
-static size_t workspace_bytes(const wd_moe_shape *shape, int32_t device_type) {
-  if (shape->tokens == 0) return 0;
-  wd_moe_shape pass = *shape;
-  pass.tokens = pass_tokens(shape, device_type);
-  return pass_intermediate_bytes(shape, device_type) +
-         (device_type == kDLCUDA ? wd_cuda_scratch_bytes(&pass) : wd_cpu_scratch_bytes(&pass));
+/* Sets what depends on T and K. Returns the bytes of workspace that the call needs. */
+static size_t plan_passes(call *c) {
+  c->pass = tokens_per_pass(c);
+  if (c->shape.tokens == 0) return 0;
+  wd_moe_shape pass = c->shape;
+  pass.tokens = c->pass;
+  const int64_t routes = on_cuda(c) ? 8 * wd_column_groups(&pass) : pass.tokens * pass.top_k;
+  c->intermediate_bytes = round_up((size_t)routes * (size_t)wd_intermediate_parts(pass.dtype) *
+                                   (((size_t)pass.intermediate + 31) / 32 * 32) * wd_dtype_size(pass.dtype));
+  return c->intermediate_bytes + (on_cuda(c) ? wd_cuda_scratch_bytes(&pass) : wd_cpu_scratch_bytes(&pass));
 }
 
 static wd_status check_experts(call *c, const wd_moe_experts *experts) {
@@ -107,7 +103,7 @@ static wd_status check_tensors(call *c) {
   return WD_OK;
 }
 
-/* What is written must not overlap what is read. */
+/* `written` must not overlap the call's other tensors. */
 static wd_status check_overlaps(const call *c, const DLTensor *written, const char *name) {
   WD_TRY(wd_check_experts_disjoint(&c->experts, written, name));
   WD_TRY(wd_check_disjoint(written, name, c->topk_ids, "topk_ids"));
@@ -115,32 +111,23 @@ static wd_status check_overlaps(const call *c, const DLTensor *written, const ch
   if (c->topk_weights != NULL) WD_TRY(wd_check_disjoint(written, name, c->topk_weights, "topk_weights"));
   if (c->intermediate != NULL && c->intermediate != written)
     WD_TRY(wd_check_disjoint(written, name, c->intermediate, "intermediate"));
+  if (c->output != NULL && c->output != written) WD_TRY(wd_check_disjoint(written, name, c->output, "output"));
   return WD_OK;
 }
 
-static wd_status check_options(const wd_options *options) {
-  WD_CHECK(options == NULL || options->struct_size == sizeof *options, WD_INVALID_ARGUMENT,
-           "options: struct_size was %zu, expected %zu", options->struct_size, sizeof *options);
-  return WD_OK;
-}
-
-static wd_status check_run(call *c, void *workspace, size_t workspace_size, void *stream, const wd_options *options) {
-  const char *kernel = NULL;
-  WD_TRY(check_options(options));
-  if (options != NULL) {
-    c->threads = options->threads;
-    kernel = options->kernel;
-  }
-  WD_TRY(wd_choose_kernel(c->device, &c->shape, kernel, &c->kernel));
-  const size_t needed = workspace_bytes(&c->shape, c->device.device_type);
+static wd_status check_workspace(call *c, void *workspace, size_t workspace_size) {
+  const size_t needed = plan_passes(c);
   WD_CHECK(workspace_size >= needed, WD_INVALID_ARGUMENT,
            "workspace: had %zu bytes, expected at least %zu (wd_moe_workspace_size)", workspace_size, needed);
-  WD_CHECK(workspace != NULL || needed == 0, WD_INVALID_ARGUMENT, "workspace: was NULL, expected %zu bytes", needed);
+  if (needed == 0) return WD_OK;
+  WD_CHECK(workspace != NULL, WD_INVALID_ARGUMENT, "workspace: was NULL, expected %zu bytes", needed);
   WD_CHECK((uintptr_t)workspace % 16 == 0, WD_INVALID_ARGUMENT,
            "workspace: was %zu bytes past a multiple of 16, expected an address aligned to 16 bytes",
            (size_t)((uintptr_t)workspace % 16));
+  int64_t bytes = (int64_t)needed;
+  const DLTensor memory = {.data = workspace, .ndim = 1, .dtype = {kDLUInt, 8, 1}, .shape = &bytes};
+  WD_TRY(check_overlaps(c, &memory, "workspace"));
   c->workspace = workspace;
-  c->stream = stream;
   return WD_OK;
 }
 
@@ -157,8 +144,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
   wd_moe_shape shape = c->shape;
   shape.tokens = count;
   void *intermediate = c->intermediate != NULL ? rows_from(c->intermediate, first) : c->workspace;
-  void *scratch = c->workspace + c->intermediate_bytes;
-  const int on_cpu = c->device.device_type == kDLCPU;
+  void *scratch = c->intermediate != NULL ? c->workspace : c->workspace + c->intermediate_bytes;
   const wd_experts *const experts = &c->experts;
   const void *weights = c->topk_weights != NULL ? rows_from(c->topk_weights, first) : NULL;
   const int on_input = experts->given.weight_on_input;
@@ -175,10 +161,10 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
                                   .gating = experts->gating,
                                   .topk_weights = on_input ? weights : NULL,
                                   .topk_weights_dtype = c->topk_weights_dtype};
-    if (on_cpu)
-      wd_gate_up_cpu(&args, c->kernel.isa, c->threads);
-    else
+    if (on_cuda(c))
       WD_TRY(wd_gate_up_cuda(&args, c->kernel.schedule, c->output != NULL, c->stream));
+    else
+      wd_gate_up_cpu(&args, c->kernel.isa, c->threads);
   }
   if (c->output != NULL) {
     const wd_down_args args = {.shape = shape,
@@ -190,26 +176,25 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
                                .scratch = scratch,
                                .down = experts->down,
                                .down_bias = experts->down_bias};
-    if (on_cpu)
-      wd_down_cpu(&args, c->kernel.isa, c->threads);
-    else
+    if (on_cuda(c))
       WD_TRY(wd_down_cuda(&args, c->kernel.schedule, c->hidden_states != NULL, c->stream));
+    else
+      wd_down_cpu(&args, c->kernel.isa, c->threads);
   }
   return WD_OK;
 }
 
 static wd_status run_passes(const call *c) {
-  const int64_t pass = tokens_per_pass(&c->shape, (int32_t)c->device.device_type);
-  for (int64_t first = 0; first < c->shape.tokens; first += pass) {
+  for (int64_t first = 0; first < c->shape.tokens; first += c->pass) {
     const int64_t left = c->shape.tokens - first;
-    WD_TRY(run_pass(c, first, left < pass ? left : pass));
+    WD_TRY(run_pass(c, first, left < c->pass ? left : c->pass));
   }
   return WD_OK;
 }
 
 static wd_status run(const call *c) {
   if (c->shape.tokens == 0) return WD_OK;
-  if (c->device.device_type == kDLCPU) return run_passes(c);
+  if (!on_cuda(c)) return run_passes(c);
   int32_t previous = 0;
   WD_TRY(wd_cuda_enter(c->device.device_id, &previous));
   const wd_status status = run_passes(c);
@@ -225,11 +210,11 @@ wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_token
   WD_TRY(check_top_k(top_k));
 #ifndef WD_WITH_CUDA
   int32_t devices = 0;
-  if (c.device.device_type == kDLCUDA) return wd_cuda_device_count(&devices); /* says how to get a build with CUDA */
+  if (on_cuda(&c)) return wd_cuda_device_count(&devices); /* says how to get a build with CUDA */
 #endif
   c.shape.tokens = num_tokens;
   c.shape.top_k = (int32_t)top_k;
-  *bytes = workspace_bytes(&c.shape, c.device.device_type);
+  *bytes = plan_passes(&c);
   return WD_OK;
 }
 
@@ -241,9 +226,11 @@ static wd_status operate(call *c, const wd_moe_experts *experts, const DLTensor 
            "experts: weight_on_input was 1, expected 0 where one kernel runs alone: use wd_moe_forward");
   WD_TRY(check_tensors(c));
   WD_TRY(check_overlaps(c, written, name));
-  WD_TRY(check_run(c, workspace, workspace_size, stream, options));
-  if (c->intermediate == NULL)
-    c->intermediate_bytes = pass_intermediate_bytes(&c->shape, (int32_t)c->device.device_type);
+  if (options != NULL) WD_TRY(wd_check_struct_size(options->struct_size, sizeof *options, "options"));
+  WD_TRY(wd_choose_kernel(c->device, &c->shape, options != NULL ? options->kernel : NULL, &c->kernel));
+  WD_TRY(check_workspace(c, workspace, workspace_size));
+  c->threads = options != NULL ? options->threads : NULL;
+  c->stream = stream;
   return run(c);
 }
 
@@ -278,30 +265,4 @@ wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLTensor *
   WD_GIVEN(topk_weights, "[T, K]");
   WD_GIVEN(output, "[T, H]");
   return operate(&c, experts, output, "output", workspace, workspace_size, stream, options);
-}
-
-wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options) {
-  WD_CHECK(memory != NULL && memory->ndim >= 0 && memory->ndim <= 8, WD_INVALID_ARGUMENT,
-           "memory: was %s, expected a compact tensor of at most 8 axes", memory == NULL ? "NULL" : "of another rank");
-  const int64_t any[8] = {WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY, WD_ANY};
-  WD_TRY(wd_check_shape(memory, "memory", memory->ndim, any, "[...]"));
-  WD_TRY(wd_check_data(memory, "memory", 16));
-  WD_TRY(check_options(options));
-  const size_t bytes = wd_tensor_bytes(memory);
-  WD_CHECK(bytes % 16 == 0, WD_INVALID_ARGUMENT, "memory: had %zu bytes, expected a multiple of 16", bytes);
-  WD_CHECK(sink != NULL && (uintptr_t)sink % 16 == 0, WD_INVALID_ARGUMENT,
-           "sink: was %p, expected 16 bytes, aligned to 16, on the device of memory", sink);
-  if (bytes == 0) return WD_OK;
-  if (memory->device.device_type == kDLCPU || memory->device.device_type == kDLCUDAHost) {
-    wd_read_cpu(wd_tensor_data(memory), bytes, sink, options != NULL ? options->threads : NULL);
-    return WD_OK;
-  }
-  WD_CHECK(memory->device.device_type == kDLCUDA, WD_UNSUPPORTED,
-           "memory: DLPack device type was %d, expected %d (CPU) or %d (CUDA)", (int)memory->device.device_type,
-           (int)kDLCPU, (int)kDLCUDA);
-  int32_t previous = 0;
-  WD_TRY(wd_cuda_enter(memory->device.device_id, &previous));
-  const wd_status status = wd_read_cuda(wd_tensor_data(memory), bytes, sink, stream);
-  const wd_status left = wd_cuda_leave(previous);
-  return status != WD_OK ? status : left;
 }

@@ -16,8 +16,9 @@
  * The numerics contract. The bits of a token's output depend on its hidden state, its ids, its routing weights and the
  * experts' weights, and on nothing else: not on T, the token's position, the other tokens, the layout of the weights,
  * the schedule, the number of threads, eager call or CUDA graph. All sums are FP32; a bias is added once, to the
- * finished sum; the intermediate keeps at least 16 significant bits, slots are combined in slot order with one fused
- * multiply-add each, and the output is rounded once. On CPUs every kernel of the table gives the same bits; on GPUs the
+ * finished sum; the intermediate keeps at least 16 significant bits (with float16 from 2^-20 to 65504: below it is off
+ * by at most 2^-36, above it is infinite), slots are combined in slot order with one fused multiply-add each, and the
+ * output is rounded once. On CPUs every kernel of the table gives the same bits; on GPUs the
  * bits may differ between architectures. wd_numerics_id() names them.
  *
  * Routing. An id outside [0, E) contributes nothing and is never dereferenced; its routing weight may be NaN. An id
@@ -34,7 +35,8 @@
  * that names the argument, what it was and what was expected. Everything is checked before the first launch: when
  * WD_INVALID_ARGUMENT, WD_UNSUPPORTED or WD_NO_CUDA comes back, nothing was launched and nothing was written.
  *
- * Threads. Every function may be called from several threads at once.
+ * Threads. Every function may be called from several threads at once, on memory of their own: what a call writes, its
+ * workspace included, nothing else may read or write until it has ended (on CUDA: until the stream has passed it).
  */
 #ifndef WARPDECODE_H
 #define WARPDECODE_H
@@ -53,7 +55,8 @@
 extern "C" {
 #endif
 
-/* The version of this header; wd_version() is the library's. They are equal, or the two do not belong together. */
+/* The version of this header; wd_version() is the library's. Major and minor are equal, or the two do not belong
+ * together: structs say how large they are in the caller's header, and one of another size is refused. */
 enum { WD_VERSION_MAJOR = 0, WD_VERSION_MINOR = 1, WD_VERSION_PATCH = 0 };
 
 typedef enum wd_status {
@@ -79,12 +82,12 @@ typedef enum wd_transposed {
   WD_TRANSPOSED_DOWN = 2 /* down_proj alone is [E, I, H] */
 } wd_transposed;
 
-/* One layer's experts. Set struct_size to sizeof(wd_moe_experts); fields added by later versions follow the last one
- * here, and a smaller struct_size leaves them at their defaults (zero). So do those below `activation` for callers of
- * 0.1.0, whose struct ended there: the whole struct zero but for the first four fields is the standard layout.
+/* One layer's experts. Set struct_size to sizeof(wd_moe_experts). The whole struct zero but for the first four fields
+ * is the standard layout.
  *
  * dtype of all weights, of hidden_states and of output: bfloat16 or float16, on the CPU also float32. Biases: the same
- * dtype or float32. H and I are multiples of 8. All of it is borrowed for the duration of a call and never written.
+ * dtype or float32. H and I are multiples of 8 from 8 to 2^24, E is 1 to 65535. All of it is borrowed for the duration
+ * of a call and never written.
  *
  * The layout does not touch the bits: the same numbers, stored in another layout, give the same output. It may touch
  * the speed: on CUDA the schedule for many tokens needs rows in one piece, so neither transposed weights nor tables.
@@ -140,28 +143,29 @@ WD_API const char *wd_numerics_id(void);
 /* This thread's last error sentence, "" before the first. Valid until this thread's next failing call. */
 WD_API const char *wd_last_error(void);
 
-/* Bytes of workspace for any of the three operations on `num_tokens` tokens with `top_k` slots each, written to *bytes
- * (0 when num_tokens is 0). The size grows with num_tokens only up to a bound: larger calls run in passes. */
+/* Bytes of workspace for any of the three operations on `num_tokens` tokens (0 or more) with `top_k` slots each (1 to
+ * 1024), written to *bytes; 0 when num_tokens is 0. The size grows with num_tokens only up to a bound: larger calls run
+ * in passes. The experts are checked as by an operation, their data included. On failure *bytes stays as it was. */
 WD_API wd_status wd_moe_workspace_size(const wd_moe_experts *experts, int64_t num_tokens, int64_t top_k, size_t *bytes);
 
 /* The whole layer: output = MoE(hidden_states).
  *   hidden_states  [T, H]   dtype of the weights
- *   topk_ids       [T, K]   int32 or int64
+ *   topk_ids       [T, K]   int32 or int64; K is 1 to 1024
  *   topk_weights   [T, K]   float32, bfloat16 or float16
  *   output         [T, H]   dtype of the weights; must not overlap any input
- *   workspace      at least wd_moe_workspace_size bytes on the same device, aligned to 16 bytes; contents do not matter
- *   stream         the cudaStream_t to enqueue on (NULL is the legacy default stream); ignored on the CPU
- *   options        NULL or see wd_options */
+ *   workspace      at least wd_moe_workspace_size bytes on the same device, aligned to 16 bytes; contents do not
+ * matter; must not overlap any tensor stream         the cudaStream_t to enqueue on (NULL is the legacy default
+ * stream); ignored on the CPU options        NULL or see wd_options */
 WD_API wd_status wd_moe_forward(const wd_moe_experts *experts, const DLTensor *hidden_states, const DLTensor *topk_ids,
                                 const DLTensor *topk_weights, const DLTensor *output, void *workspace,
                                 size_t workspace_size, void *stream, const wd_options *options);
 
 /* The first kernel alone: intermediate = activation(gate) * up for every route. Like the second alone it refuses
  * experts with weight_on_input: it takes no routing weights, and the second would have to ignore those that it takes.
- *   intermediate   [T, K, P, I], dtype of the weights. P is 2 for bfloat16 and float16: the rounded value, then the
- *                  rounding's remainder, scaled: value = intermediate[..,0,:] + intermediate[..,1,:] * 2^-S, where S is
- * 0 for bfloat16 and 11 for float16. P is 1 for float32. Rows of routes whose id is outside [0, E) are not written. The
- * other arguments as in wd_moe_forward. */
+ *   intermediate   [T, K, P, I], dtype of the weights; must not overlap any input. P is 2 for bfloat16 and float16: the
+ * rounded value, then the rounding's remainder, scaled: value = intermediate[..,0,:] + intermediate[..,1,:] * 2^-S,
+ * where S is 0 for bfloat16 and 11 for float16. P is 1 for float32. Rows of routes whose id is outside [0, E) are not
+ * written. The other arguments as in wd_moe_forward. */
 WD_API wd_status wd_moe_gate_up_3d_batched(const wd_moe_experts *experts, const DLTensor *hidden_states,
                                            const DLTensor *topk_ids, const DLTensor *intermediate, void *workspace,
                                            size_t workspace_size, void *stream, const wd_options *options);
@@ -173,14 +177,16 @@ WD_API wd_status wd_moe_down_3d_batched(const wd_moe_experts *experts, const DLT
                                         void *workspace, size_t workspace_size, void *stream,
                                         const wd_options *options);
 
-/* Reads every byte of `memory` once and computes nothing: the ceiling that benchmarks compare with. memory: compact,
- * data and number of bytes multiples of 16. sink: 16 bytes on the same device, aligned to 16; written or not, contents
- * do not matter. */
+/* Reads every byte of `memory` once and computes nothing: the ceiling that benchmarks compare with. memory: compact, of
+ * elements of whole bytes, data and number of bytes multiples of 16. sink: 16 bytes on the same device, aligned to 16,
+ * outside of memory; written or not, contents do not matter. options: on the CPU a kernel's instructions read; on CUDA
+ * kernel must be NULL. */
 WD_API wd_status wd_read_memory(const DLTensor *memory, void *sink, void *stream, const wd_options *options);
 
-/* Starts a pool in which `count` threads share a call's work, the calling thread included (count - 1 are created).
- * count >= 1. The caller owns *threads and ends it with wd_threads_destroy, when no call uses it; NULL is allowed
- * there. */
+/* Starts a pool in which `count` threads share a call's work, the calling thread included (count - 1 are created, with
+ * all signals blocked). count >= 1. The caller owns *threads and ends it with wd_threads_destroy, when no call uses it;
+ * NULL is allowed there. On failure (WD_INVALID_ARGUMENT, or WD_OUT_OF_MEMORY where the system gives no memory or no
+ * thread) *threads is NULL. */
 WD_API wd_status wd_threads_create(int32_t count, wd_threads **threads);
 WD_API void wd_threads_destroy(wd_threads *threads);
 
@@ -209,7 +215,8 @@ WD_API wd_status wd_get_kernel_info(int32_t index, wd_kernel_info *info); /* 0 <
  * status is WD_NO_CUDA and wd_last_error() says why and what to do. */
 WD_API wd_status wd_cuda_device_count(int32_t *count);
 
-/* Set struct_size to sizeof(wd_cuda_device_info) before the call. */
+/* Set struct_size to sizeof(wd_cuda_device_info) before the call. 0 <= device < wd_cuda_device_count's; WD_NO_CUDA
+ * where that fails. */
 typedef struct wd_cuda_device_info {
   size_t struct_size;
   char name[256];

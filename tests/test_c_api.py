@@ -92,6 +92,24 @@ def test_pkg_config_builds_a_consumer(consumer):
     check_consumer(run(program))
 
 
+@pytest.mark.parametrize("libdir", ["lib64", "lib/x86_64-linux-gnu"])
+def test_pkg_config_finds_its_way_from_any_libdir(libdir, tmp_path):
+    """Distributions call it otherwise. And what -D says holds, whatever the environment does."""
+    cmake, pkg_config, build = tool("cmake"), tool("pkg-config"), tmp_path / "build"
+    compiler("CC", "cc", "gcc", "clang")
+    environment = {**os.environ, "WARPDECODE_CUDA": "nonsense"}
+    options = {"CMAKE_INSTALL_PREFIX": "/usr", "CMAKE_INSTALL_LIBDIR": libdir, "WARPDECODE_CUDA": "off"}
+    flags = [f"-D{name}={value}" for name, value in {**options, "DLPACK_INCLUDE_DIR": INCLUDE}.items()]
+    run(cmake, "-S", TESTS.parent, "-B", build, *flags, env=environment)
+    installed = tmp_path / "usr" / libdir / "pkgconfig"
+    installed.mkdir(parents=True)
+    shutil.copy(build / "warpdecode.pc", installed)
+    environment["PKG_CONFIG_PATH"] = str(installed)
+    flags = shlex.split(run(pkg_config, "--cflags", "--libs", "warpdecode", env=environment))
+    folders = [Path(flag[2:]).resolve() for flag in flags if flag[:2] in ("-I", "-L")]
+    assert folders == [tmp_path / "usr" / "include", tmp_path / "usr" / libdir]
+
+
 def test_cmake_package_builds_a_consumer(consumer):
     cmake = tool("cmake")
     compiler("CC", "cc", "gcc", "clang")

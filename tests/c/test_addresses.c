@@ -1,4 +1,4 @@
-/* test_addresses.c - strides, alignment, byte_offset, missing data, overlaps: where a tensor's elements lie. */
+/* test_addresses.c - strides, alignment, byte_offset, missing data, overlaps: where tensors and workspaces lie. */
 #include "call.h"
 #include "harness.h"
 #include <stdio.h>
@@ -124,6 +124,24 @@ static void overlaps(call *c, operation of, int which) {
   c->given[written] = &c->tensors[written].dl;
 }
 
+/* The workspace laid over a tensor, an input or the one that is written: its first bytes there, and its last. */
+static void workspace_overlaps(call *c, operation of, int which) {
+  const size_t needed = c->given_workspace_size;
+  const tensor *const t = &c->tensors[which];
+  unsigned char *const begin = t->memory.data;
+  unsigned char *const addresses[] = {begin, begin + t->memory.bytes - 16, begin - needed + 16};
+  void *const before = bits_of(t);
+  for (size_t i = 0; i < sizeof addresses / sizeof *addresses; i++) {
+    c->given_workspace = addresses[i];
+    call_refused(c, of, WD_INVALID_ARGUMENT, "workspace: overlaps %s in memory, expected memory of its own",
+                 tensor_name(which));
+    if (!is_written(of, which) && which != INTERMEDIATE)
+      check_same_bits(t, before, "%s was written by a refused call", tensor_name(which));
+  }
+  free(before);
+  c->given_workspace = c->workspace.data;
+}
+
 /* Side by side in one buffer is no overlap: states directly before the output, ids directly behind it. */
 static void neighbours(call *c, const void *expected) {
   const size_t states = c->tensors[HIDDEN_STATES].memory.bytes, output = c->tensors[OUTPUT].memory.bytes;
@@ -191,6 +209,7 @@ void test_addresses(void) {
         strides(&c, operation_of, which, expected);
         alignment(&c, operation_of, which);
         overlaps(&c, operation_of, which);
+        workspace_overlaps(&c, operation_of, which);
       }
       free(intermediate);
       free(expected);

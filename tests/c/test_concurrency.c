@@ -1,8 +1,10 @@
 /* test_concurrency.c - many threads in the library at once: with no pool, with one pool for all, with a pool each; and
- * an error sentence for each thread. */
+ * an error sentence for each thread; and pools beside what a process does with signals and cancelled threads. */
 #include "call.h"
 #include "harness.h"
+#include <dirent.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,8 +86,8 @@ static void *fail_often(void *argument) {
     pthread_barrier_wait(self->start);
     self->wrong_status += wd_get_kernel_info(0, &row) != WD_INVALID_ARGUMENT;
     pthread_barrier_wait(self->start);
-    snprintf(expected, sizeof expected, "info: struct_size was %d, expected %zu", 1000 * (number + 1) + round,
-             sizeof row);
+    snprintf(expected, sizeof expected, "info: struct_size was %d, expected %zu, as in the warpdecode.h of version %s",
+             1000 * (number + 1) + round, sizeof row, wd_version());
     self->wrong_sentences += strcmp(wd_last_error(), expected) != 0;
   }
   return NULL;
@@ -133,6 +135,81 @@ static void pools_come_and_go(void) {
   }
 }
 
+/* How many threads of this process let a signal through. */
+static int threads_open_to(int number) {
+  int open = 0;
+  DIR *const tasks = opendir("/proc/self/task");
+  for (const struct dirent *task; tasks != NULL && (task = readdir(tasks)) != NULL;) {
+    char path[300], line[256];
+    unsigned long long blocked = 0;
+    snprintf(path, sizeof path, "/proc/self/task/%s/status", task->d_name);
+    FILE *const status = task->d_name[0] != '.' ? fopen(path, "r") : NULL;
+    if (status == NULL) continue;
+    while (fgets(line, sizeof line, status) != NULL)
+      if (sscanf(line, "SigBlk: %llx", &blocked) == 1) open += !(blocked >> (number - 1) & 1);
+    fclose(status);
+  }
+  if (tasks != NULL) closedir(tasks);
+  return open;
+}
+
+/* A pool's threads take no signal of the process, and the thread that makes the pool takes those that it took before.
+ */
+static void signals_stay_the_program_s(void) {
+  call c;
+  call_make(&c, small_sizes(BFLOAT16), 1901);
+  const int before = threads_open_to(SIGTERM);
+  CHECK(wd_threads_create(4, &c.options.threads) == WD_OK, "a pool: %s", wd_last_error());
+  call_succeeds(&c, FORWARD); /* which all its threads have taken part in: they have begun */
+  CHECK(before >= 1 && threads_open_to(SIGTERM) == before, "%d threads take SIGTERM, before the pool %d",
+        threads_open_to(SIGTERM), before);
+  wd_threads_destroy(c.options.threads);
+  call_free(&c);
+}
+
+static void *call_until_cancelled(void *argument) {
+  caller *const self = argument;
+  for (int round = 0;; round++) {
+    (void)call_rerun(self->call, FORWARD);
+    if (round == 0) pthread_barrier_wait(self->start);
+    pthread_testcancel();
+  }
+  return NULL;
+}
+
+/* A thread that is cancelled in a call ends behind it: the pool can be used, and destroyed. */
+static void cancelled_callers(void) {
+  enum { TIMES = 40 };
+  wd_threads *pool = NULL;
+  pthread_barrier_t start;
+  call c;
+  sizes s = small_sizes(BFLOAT16);
+  s.tokens = 16;
+  s.hidden = 256;
+  s.intermediate = 512; /* so much work that a caller which is done with its share sleeps until the others are */
+  call_make(&c, s, 1900);
+  call_succeeds(&c, FORWARD);
+  void *const expected = bits_of(&c.tensors[OUTPUT]);
+  CHECK(wd_threads_create(3, &pool) == WD_OK, "a pool: %s", wd_last_error());
+  c.options.threads = pool;
+  pthread_barrier_init(&start, NULL, 2);
+  for (int i = 0; i < TIMES; i++) {
+    caller self = {.call = &c, .start = &start};
+    void *result = NULL;
+    harness_doing("cancelling the caller of a pool, for the %dth time", i);
+    CHECK(pthread_create(&self.thread, NULL, call_until_cancelled, &self) == 0, "thread %d", i);
+    pthread_barrier_wait(&start);
+    CHECK(pthread_cancel(self.thread) == 0 && pthread_join(self.thread, &result) == 0 && result == PTHREAD_CANCELED,
+          "thread %d was not cancelled", i);
+  }
+  call_succeeds(&c, FORWARD);
+  check_same_bits(&c.tensors[OUTPUT], expected, "a call behind cancelled ones");
+  wd_threads_destroy(pool);
+  pthread_barrier_destroy(&start);
+  free(expected);
+  call_free(&c);
+}
+
 void test_concurrency(void) {
   for (int of = 0; of < FLOAT_KINDS; of++) {
     callers((kind)of, 0, "no pool");
@@ -142,4 +219,6 @@ void test_concurrency(void) {
   callers(BFLOAT16, 2, "two pools for all");
   sentences();
   pools_come_and_go();
+  signals_stay_the_program_s();
+  cancelled_callers();
 }

@@ -50,8 +50,9 @@ static void queries(int32_t compiled, int32_t usable) {
   if (!compiled) return; /* a CPU-only build has one sentence for everything */
   check_error(wd_get_cuda_device_info(0, NULL), WD_INVALID_ARGUMENT, "info: was NULL, expected a wd_cuda_device_info");
   info.struct_size = sizeof info - 1;
-  check_error(wd_get_cuda_device_info(0, &info), WD_INVALID_ARGUMENT, "info: struct_size was %zu, expected %zu",
-              sizeof info - 1, sizeof info);
+  check_error(wd_get_cuda_device_info(0, &info), WD_INVALID_ARGUMENT,
+              "info: struct_size was %zu, expected %zu, as in the warpdecode.h of version %s", sizeof info - 1,
+              sizeof info, wd_version());
 }
 
 static void rows(int32_t usable) {

@@ -72,11 +72,28 @@ static void refusals(void) {
   changed = t.dl;
   changed.device.device_type = kDLMetal;
   refused(wd_read_memory(&changed, sink.data, NULL, &defaults), WD_UNSUPPORTED, "memory: DLPack device type was 8", "");
+  changed = t.dl;
+  changed.dtype = (DLDataType){kDLFloat, 32, 4};
+  refused(wd_read_memory(&changed, sink.data, NULL, &defaults), WD_UNSUPPORTED, "memory: dtype had 32 bits and 4 lanes",
+          "1 lane");
+  changed.dtype = (DLDataType){kDLUInt, 4, 1};
+  refused(wd_read_memory(&changed, sink.data, NULL, &defaults), WD_UNSUPPORTED, "memory: dtype had 4 bits",
+          "whole bytes");
+  changed = t.dl;
+  changed.ndim = 0;
+  changed.shape = NULL;
+  refused(wd_read_memory(&changed, sink.data, NULL, &defaults), WD_INVALID_ARGUMENT, "memory: had 2 bytes", "16");
+  refused(wd_read_memory(&t.dl, t.memory.data + t.memory.bytes - 16, NULL, &defaults), WD_INVALID_ARGUMENT,
+          "sink: overlaps memory", "");
   refused(wd_read_memory(&t.dl, NULL, NULL, &defaults), WD_INVALID_ARGUMENT, "sink:", "16 bytes");
   refused(wd_read_memory(&t.dl, sink.data + 8, NULL, &defaults), WD_INVALID_ARGUMENT, "sink:", "16 bytes");
   wd_options wrong = defaults;
   wrong.struct_size++;
   refused(wd_read_memory(&t.dl, sink.data, NULL, &wrong), WD_INVALID_ARGUMENT, "options: struct_size was", "");
+  wrong = defaults;
+  wrong.kernel = "warp9";
+  refused(wd_read_memory(&t.dl, sink.data, NULL, &wrong), WD_INVALID_ARGUMENT, "options: kernel was \"warp9\"",
+          "lists");
   tensor_free(&t);
   memory_free(&sink);
 }
@@ -87,5 +104,10 @@ void test_read_memory(void) {
   CHECK(wd_threads_create(3, &shared.threads) == WD_OK, "a pool: %s", wd_last_error());
   lengths(&shared);
   wd_threads_destroy(shared.threads);
+  const char *names[8];
+  for (int i = usable_kernels(names, 8) - 1; i >= 0; i--) {
+    const wd_options named = {.struct_size = sizeof named, .kernel = names[i]};
+    lengths(&named);
+  }
   refusals();
 }
