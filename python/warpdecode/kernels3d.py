@@ -17,12 +17,13 @@ def _run(function, experts: Experts, like, inputs: dict, shape, out):
         slots.append(Slot(name))
         adapter_of(array, name).bind(slots[-1], array)
     described = experts._current()
-    output, made = Slot("out"), None
+    output, out_adapter = Slot("out"), None
     if out is None:
         made = adapter.empty(shape, like)
         adapter.bind_output(output, made)
     else:
-        adapter_of(out, "out").bind(output, out, True)
+        out_adapter = adapter_of(out, "out")
+        out_adapter.bind(output, out, True)
     tokens, top_k = inputs["topk_ids"].shape
     size = ffi.new("size_t *")
     check(lib.wd_moe_workspace_size(described.struct, tokens, top_k, size))
@@ -43,9 +44,12 @@ def _run(function, experts: Experts, like, inputs: dict, shape, out):
             options,
         )
     )
-    result = out if made is None else adapter.finish(made)
+    if out_adapter is None:
+        out = adapter.finish(made)
+    else:
+        out_adapter.wrote(out)
     del owner, pool  # alive until here
-    return result
+    return out
 
 
 def moe_gate_up_3d_batched(experts: Experts, hidden_states, topk_ids, *, out=None):

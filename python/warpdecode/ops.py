@@ -9,7 +9,7 @@ from warpdecode.frameworks import adapter_of
 from warpdecode.slots import Slot
 
 _forward = lib.wd_moe_forward
-_cast, _VOID = ffi.cast, ffi.typeof("void *")
+_cast, _VOID, _NO_STREAM = ffi.cast, ffi.typeof("void *"), ffi.NULL
 _workspace_size = lib.wd_moe_workspace_size
 
 # A CPU call has ended when it returns, so its workspace can serve the next one; up to this size a frame keeps it. On
@@ -27,7 +27,7 @@ class _Frame:
         self.weights, self.output = Slot("topk_weights"), Slot("out")
         self.size = ffi.new("size_t *")
         self.workspace_bytes, self.call_key = 0, None
-        self.workspace = None  # (address, owner), kept for the next call of this shape
+        self.workspace = None  # (void *, owner), kept for the next call of this shape
         self.options = new_struct("wd_options")
 
     def borrows(self) -> bool:
@@ -169,7 +169,9 @@ class Experts:
             out: an array [T, H] to write to; it must not overlap an input. None: a fresh one of the caller's framework.
 
         Returns `out`. On CUDA the work is enqueued on the current stream of hidden_states' framework.
-        Raises ValueError for bad arguments, naming the argument; RuntimeError where CUDA fails or is missing.
+        Raises ValueError for bad arguments, naming the argument; RuntimeError where CUDA fails or is missing. Bad are
+        tensors that require a gradient in torch's grad mode or carry a tangent, and calls under torch.jit.trace,
+        make_fx, torch.vmap, jax.jit and the like; torch.compile breaks its graph around the call.
         """
         adapter = adapter_of(hidden_states, "hidden_states")
         adapter.guard({"hidden_states": hidden_states, "topk_weights": topk_weights}, self._weights)
@@ -178,29 +180,35 @@ class Experts:
         adapter.bind(frame.hidden, hidden_states)
         adapter_of(topk_ids, "topk_ids").bind(frame.ids, topk_ids)
         adapter_of(topk_weights, "topk_weights").bind(frame.weights, topk_weights)
-        made = None
         if out is None:
-            made = adapter.empty_like(hidden_states)
+            out_adapter, made = None, adapter.empty_like(hidden_states)
             adapter.bind_output(frame.output, made)
         else:
-            adapter_of(out, "out").bind(frame.output, out, True)
+            out_adapter = adapter_of(out, "out")
+            out_adapter.bind(frame.output, out, True)
         size = self._workspace_bytes(frame, described)
+        workspace = frame.workspace
+        if workspace is None:
+            address, owner = adapter.workspace(size, hidden_states)
+            workspace = _cast(_VOID, address), owner
         pool = None
-        workspace = frame.workspace or adapter.workspace(size, hidden_states)
         if described.on_cpu:
+            stream = _NO_STREAM
             # under a name, so that set_num_threads in another thread cannot end the pool during the call
             pool = frame.options.threads = threads.pool()
             if size <= _KEPT_WORKSPACE_BYTES:
                 frame.workspace = workspace
+        else:
+            stream = _cast(_VOID, adapter.stream(hidden_states))
         status = _forward(
             described.struct,
             frame.hidden.tensor,
             frame.ids.tensor,
             frame.weights.tensor,
             frame.output.tensor,
-            _cast(_VOID, workspace[0]),
+            workspace[0],
             size,
-            _cast(_VOID, adapter.stream(hidden_states)),
+            stream,
             frame.options,
         )
         if status != OK:
@@ -208,7 +216,10 @@ class Experts:
         if not frame.borrows():
             self._frames.append(frame)
         del pool
-        return out if made is None else adapter.finish(made)
+        if out_adapter is None:
+            return adapter.finish(made)
+        out_adapter.wrote(out)
+        return out
 
 
 def moe(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, *, out=None, **properties):

@@ -27,8 +27,6 @@ DTYPES = {
     "bool": (6, 8),
     "complex64": (5, 64),
     "complex128": (5, 128),
-    "float8_e4m3fn": (10, 8),
-    "float8_e5m2": (12, 8),
 }
 
 

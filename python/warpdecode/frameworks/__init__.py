@@ -2,14 +2,15 @@
 
 An adapter is a module with these functions:
 
-    bind(slot, array, writable)   describe the array in the slot
+    bind(slot, array, writable)   describe the array in the slot; writable: the caller's `out`
+    wrote(out)                    the call has written the caller's `out`
     bind_output(slot, output)     describe an output that `empty` made
     empty(shape, like)            a fresh output with the dtype and device of `like`
     empty_like(like)              the same with the shape of `like`
     workspace(size, like)         (address, owner) of `size` bytes on the device of `like`, aligned to 16 bytes
     stream(like)                  the caller's current stream on the device of `like`, as an integer
     finish(output)                what the caller gets for an array that `empty` made
-    guard(inputs, weights)        refuse arrays (by name) for which a gradient would have to be recorded
+    guard(inputs, weights)        refuse arrays (by name) for which a derivative or a trace would have to be recorded
     bind_table(slot, addresses, like)   describe a table of addresses on the device of `like`; returns what owns it
     places(arrays)                where these weights are, to be compared before each call; None: they never move
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from warpdecode._ffi import lib
 
 _NAMES = {getattr(torch, name): name for name in (
     "float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool",
-    "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
+    "complex64", "complex128",
 )}  # fmt: skip
+_CPU, _CUDA = int(lib.kDLCPU), int(lib.kDLCUDA)  # torch.compile traces `bind`, and cannot hold `lib`
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _data_ptr = torch.Tensor.data_ptr
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent in CPU builds of torch
+_is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack  # on every call, the fastest ways to ask
 
 
 def bind(slot, array, writable=False):
     """Describe a tensor; only its address changes when shape, dtype and device are those of the last one."""
+    if writable and (array.requires_grad or forward_ad._current_level >= 0):
+        _refuse_derivatives(slot.name, array)
     device = array.get_device()
     if array.shape == slot.shape and array.dtype is slot.dtype and device == slot.device and array.is_contiguous():
-        slot.place[0] = array.data_ptr()
+        try:
+            slot.place[0] = array.data_ptr()
+        except RuntimeError as error:
+            raise _without_memory(slot, error) from None
         return
     slot.shape = None  # until the description below is whole
     kind = array.device.type
@@ -28,10 +37,20 @@ def bind(slot, array, writable=False):
         raise ValueError(f"{slot.name}: layout was {array.layout}, expected torch.strided")
     strides = None if array.is_contiguous() else array.stride()
     name = _NAMES.get(array.dtype, str(array.dtype))
-    device_type = lib.kDLCUDA if kind == "cuda" else lib.kDLCPU
-    slot.describe(array.data_ptr(), array.shape, strides, name, device_type, max(device, 0))
+    try:
+        address = array.data_ptr()
+    except RuntimeError as error:
+        raise _without_memory(slot, error) from None
+    slot.describe(address, array.shape, strides, name, _CUDA if kind == "cuda" else _CPU, max(device, 0))
     if strides is None:
         slot.shape, slot.dtype, slot.device = array.shape, array.dtype, device
+
+
+def _without_memory(slot, error):
+    return ValueError(
+        f"{slot.name}: has no memory of its own ({error}); expected a plain tensor, outside of torch.vmap and other "
+        "transforms"
+    )
 
 
 def bind_table(slot, addresses, like):
@@ -42,14 +61,31 @@ def bind_table(slot, addresses, like):
 
 
 def guard(inputs, weights):
-    """Refuses a call whose result would have to carry a gradient: dropping it silently would train a wrong model."""
-    if torch.is_grad_enabled():
+    """Refuses a call whose result would have to carry a gradient or a tangent, since dropping it silently would train a
+    wrong model; and one that is traced, since a trace sees the output's memory and nothing that fills it."""
+    forward = forward_ad._current_level >= 0
+    if forward or torch.is_grad_enabled():
         for name, array in (*inputs.items(), *weights.items()):
-            if getattr(array, "requires_grad", False):
-                raise ValueError(
-                    f"{name}: requires a gradient, which these kernels do not compute; call under torch.no_grad(), or "
-                    "pass a detached tensor"
-                )
+            if forward or getattr(array, "requires_grad", False):
+                _refuse_derivatives(name, array)
+    if _is_tracing() or (_modes() and torch._C._get_dispatch_mode(_PROXY) is not None):
+        raise ValueError(
+            f"{next(iter(inputs))}: came while torch.jit.trace or make_fx traces the call, and a trace cannot hold "
+            "these kernels; call them outside of it"
+        )
+
+
+def _refuse_derivatives(name, array):
+    if getattr(array, "requires_grad", False) and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: requires a gradient, which these kernels do not compute; call under torch.no_grad(), or "
+            "pass a detached tensor"
+        )
+    if isinstance(array, torch.Tensor) and forward_ad.unpack_dual(array).tangent is not None:
+        raise ValueError(
+            f"{name}: has a tangent of forward-mode differentiation, which these kernels do not compute; pass the "
+            "primal of torch.autograd.forward_ad.unpack_dual"
+        )
 
 
 def places(arrays):
@@ -66,9 +102,10 @@ def empty(shape, like):
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def bind_output(slot, output):
-    """Describe an output that `empty` made."""
-    bind(slot, output, writable=True)
+bind_output = bind  # an output that `empty` made has nothing to refuse
+
+
+wrote = torch.autograd.graph.increment_version  # as torch's own in-place operations do
 
 
 def workspace(size, like):
