@@ -45,7 +45,7 @@ def _run(function, experts: Experts, like, inputs: dict, shape, out):
         )
     )
     if out_adapter is None:
-        out = adapter.finish(made)
+        out = adapter.finish(made, like)
     else:
         out_adapter.wrote(out)
     del owner, pool  # alive until here

@@ -217,7 +217,7 @@ class Experts:
             self._frames.append(frame)
         del pool
         if out_adapter is None:
-            return adapter.finish(made)
+            return adapter.finish(made, hidden_states)
         out_adapter.wrote(out)
         return out
 

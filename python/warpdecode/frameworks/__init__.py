@@ -9,7 +9,7 @@ An adapter is a module with these functions:
     empty_like(like)              the same with the shape of `like`
     workspace(size, like)         (address, owner) of `size` bytes on the device of `like`, aligned to 16 bytes
     stream(like)                  the caller's current stream on the device of `like`, as an integer
-    finish(output)                what the caller gets for an array that `empty` made
+    finish(output, like)          what the caller gets for an array that `empty` made
     guard(inputs, weights)        refuse arrays (by name) for which a derivative or a trace would have to be recorded
     bind_table(slot, addresses, like)   describe a table of addresses on the device of `like`; returns what owns it
     places(arrays)                where these weights are, to be compared before each call; None: they never move
@@ -24,9 +24,15 @@ import importlib
 
 _MODULES = {
     ("numpy", "ndarray"): "_numpy",
+    ("numpy", "memmap"): "_numpy",
     ("torch", "Tensor"): "_torch",
     ("torch.nn.parameter", "Parameter"): "_torch",
     ("torch.nn.parameter", "Buffer"): "_torch",
+}
+# Their other subclasses may hide or compute elements, which their memory does not show.
+_PLAIN = {
+    ("numpy", "ndarray"): "masked arrays: filled(), others: numpy.asarray()",
+    ("torch", "Tensor"): "DTensor: pass to_local(), quantised tensors: dequantise",
 }
 _adapters: dict[type, object] = {}
 
@@ -41,11 +47,13 @@ def adapter_of(array, name: str):
 def _find(kind: type, name: str):
     module = _MODULES.get((kind.__module__, kind.__qualname__))
     if module is None:
-        if any(base.__module__ == "torch" and base.__qualname__ == "Tensor" for base in kind.__mro__[1:]):
-            raise ValueError(
-                f"{name}: was a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor that may compute its "
-                "elements; expected a plain torch.Tensor (DTensor: pass to_local(), quantised tensors: dequantise)"
-            )
+        for base in kind.__mro__[1:]:
+            plain = f"{base.__module__}.{base.__qualname__}"
+            if (base.__module__, base.__qualname__) in _PLAIN:
+                raise ValueError(
+                    f"{name}: was a {kind.__module__}.{kind.__qualname__}, a subclass of {plain} that may compute its "
+                    f"elements; expected a plain {plain} ({_PLAIN[base.__module__, base.__qualname__]})"
+                )
         root = kind.__module__.partition(".")[0]
         if root in ("jax", "jaxlib"):
             module = "_jax"
@@ -56,7 +64,7 @@ def _find(kind: type, name: str):
         else:
             raise ValueError(
                 f"{name}: was a {kind.__module__}.{kind.__qualname__}, expected an array that speaks DLPack "
-                "(torch, NumPy, JAX, CuPy, ...)"
+                "(torch, NumPy, JAX, CuPy, ...), or for weights a list of them"
             )
     adapter = importlib.import_module(f"warpdecode.frameworks.{module}")
     _adapters[kind] = adapter

@@ -67,6 +67,6 @@ workspace = _numpy.workspace
 bind_table = _numpy.bind_table
 
 
-def finish(output):
+def finish(output, like):
     """Nothing to do."""
     return output

@@ -24,7 +24,10 @@ def export(array, stream):
 
 def bind(slot, array, writable, stream):
     """Borrow the capsule's DLTensor; the slot keeps the capsule, whose destructor releases the producer's memory."""
-    capsule = export(array, stream)
+    try:
+        capsule = export(array, stream)
+    except Exception as error:  # every producer has its own reasons and its own exceptions for them
+        raise ValueError(f"{slot.name}: gave no DLPack capsule: {type(error).__name__}: {error}") from error
     if _is_valid(capsule, b"dltensor_versioned"):
         managed = ffi.cast("DLManagedTensorVersioned *", _get_pointer(capsule, b"dltensor_versioned"))
         if managed.version.major != 1:
@@ -34,5 +37,5 @@ def bind(slot, array, writable, stream):
     elif _is_valid(capsule, b"dltensor"):
         managed = ffi.cast("DLManagedTensor *", _get_pointer(capsule, b"dltensor"))
     else:
-        raise ValueError(f"{slot.name}: __dlpack__() gave no DLPack capsule")
+        raise ValueError(f"{slot.name}: gave no DLPack capsule, but a {type(capsule).__qualname__}")
     slot.borrow(ffi.addressof(managed.dl_tensor), capsule)

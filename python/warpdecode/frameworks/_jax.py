@@ -25,9 +25,15 @@ def _on_cuda(array):
 def bind(slot, array, writable=False):
     """Borrow the array's DLTensor."""
     if isinstance(array, jax.core.Tracer):
-        raise ValueError(f"{slot.name}: was a tracer; these kernels cannot run under jax.jit, call them outside")
+        raise ValueError(
+            f"{slot.name}: was a tracer; these kernels cannot run under jax.jit, jax.vmap or jax.grad; call outside"
+        )
     if writable:
         raise ValueError(f"{slot.name}: was a jax.Array, which is immutable; leave `out` away to get a fresh array")
+    if array.is_deleted():
+        raise ValueError(f"{slot.name}: was deleted or donated, expected a jax.Array that still has its memory")
+    if len(array.devices()) != 1:
+        raise ValueError(f"{slot.name}: was sharded over {len(array.devices())} devices, expected an array on one")
     array.block_until_ready()  # dispatch is asynchronous on the CPU too, and has no stream to wait on
     _capsule.bind(slot, array, False, (stream(array) or 1) if _on_cuda(array) else None)
 
@@ -98,8 +104,8 @@ def stream(like):
     return next(iter(like.devices())).get_stream_for_external_ready_events()
 
 
-def finish(output):
-    """The output as a jax.Array."""
+def finish(output, like):
+    """The output as a jax.Array on the device of `like`, and like it bound to that device or not."""
     if isinstance(output, _Fresh):
         return jax.dlpack.from_dlpack(output).block_until_ready()
-    return jax.numpy.asarray(output)
+    return jax.device_put(output, like.sharding if like.committed else None)

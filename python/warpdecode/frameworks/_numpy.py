@@ -69,6 +69,6 @@ def stream(like):
     return 0
 
 
-def finish(output):
+def finish(output, like):
     """Nothing to do."""
     return output
