@@ -43,7 +43,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def save_model(folder, **generation):
+def save_model(folder, *, tie_word_embeddings=False, **generation):
     """Save a tiny random model; the demo's tokenizer has its vocabulary."""
     import torch
     import transformers
@@ -61,6 +61,7 @@ def save_model(folder, **generation):
         head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
+        tie_word_embeddings=tie_word_embeddings,
         initializer_range=0.2,  # so that the logits differ by some units, as those of a trained model
         bos_token_id=None,
         eos_token_id=EOS,

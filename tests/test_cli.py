@@ -61,6 +61,8 @@ def test_no_command_is_wrong_usage(capsys):
         (["generate", "--samples", "many"], "invalid whole number value: 'many'"),
         (["generate", "--temperature", "-1"], "-1 was given, a finite number of at least 0 was expected"),
         (["generate", "--temperature", "nan"], "nan was given, a finite number of at least 0 was expected"),
+        (["generate", "--temperature", "warm"], "argument --temperature: invalid number value: 'warm'"),
+        (["generate", "--top-p", "most"], "argument --top-p: invalid number value: 'most'"),
         (["generate", "--top-p", "0"], "0 was given, a number above 0 and at most 1 was expected"),
         (["generate", "--top-p", "1.5"], "1.5 was given, a number above 0 and at most 1 was expected"),
         (["generate", "--dtype", "int4"], "invalid choice: 'int4'"),

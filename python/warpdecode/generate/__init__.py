@@ -67,7 +67,7 @@ def _whole(least: int):
             raise argparse.ArgumentTypeError(f"{value} was given, at least {least} was expected")
         return value
 
-    whole_number.__name__ = "whole number"  # argparse names the type in "invalid ... value"
+    whole_number.__name__ = "whole number"  # argparse names the type in "invalid ... value", here and below
     return whole_number
 
 
@@ -83,6 +83,9 @@ def _top_p(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} was given, a number above 0 and at most 1 was expected")
     return value
+
+
+_temperature.__name__ = _top_p.__name__ = "number"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

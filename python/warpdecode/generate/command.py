@@ -55,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
             report = _sample(args, name, prompts, device, journal)
         except hf.WarpDecodeFallbackError as error:  # --strict
             raise GenerateError(str(error)) from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise GenerateError(
+                f"the memory of {device} is too small for --batch-size {args.batch_size} and --max-new-tokens "
+                f"{args.max_new_tokens}: {error}; a smaller --batch-size takes less, with an --output of its own"
+            ) from None
         except KeyboardInterrupt:
             print(_interrupted(args.output, journal), file=sys.stderr)
             return INTERRUPTED

@@ -15,21 +15,34 @@ from .sampling import Draw
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> transformers.PreTrainedModel:
-    """Load a causal language model for generation with nothing but its end-of-sequence and padding tokens set."""
+    """Load a causal language model for generation with nothing but its end-of-sequence and padding tokens set.
+
+    Raises:
+        GenerateError: it cannot be loaded, does not fit, or its files lack weights.
+    """
     # With accelerate the weights go to the GPU one by one; without it the whole model has to fit into the host first.
     direct = device.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     placement = {"device_map": {"": device}} if direct else {}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placement)
-    except (OSError, ValueError) as error:
-        raise GenerateError(f"the model {name} cannot be loaded: {error}") from None
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **placement
+        )
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise GenerateError(f"the model {name} does not fit into the memory of {device}: {error}") from None
+    except Exception as error:  # a broken file is found by whichever package reads it, with an exception of its own
+        raise GenerateError(f"the model {name} cannot be loaded: {error}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise GenerateError(f"the files of the model {name} lack the weights {named}; all were expected")
     own = model.generation_config
     # A checkpoint may bring a repetition penalty, suppressed tokens and more, all of which generate() would apply
     # before the draw: the logprobs would no longer be the model's.
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id
     )
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
@@ -88,7 +101,9 @@ class Rollout:
     def check_prompts(self) -> None:
         """Raise ``GenerateError`` for a prompt that has no tokens."""
         for prompt, text in enumerate(self.prompts):
-            if not text.strip():  # only these can be without a token, and tokenizing all of them takes a while
+            # Only blank ones can be without a token, and tokenizing all of them takes a while; the first for a folder
+            # without a tokenizer's files, of which transformers makes a tokenizer that knows no token.
+            if prompt == 0 or not text.strip():
                 self.encoded(prompt)
 
     def reset_clock(self) -> None:
@@ -165,5 +180,8 @@ class Rollout:
         """Return a prompt's tokens, with the special tokens that the tokenizer adds by itself."""
         ids = self.tokenizer(self.prompts[prompt])["input_ids"]
         if not ids:
-            raise GenerateError(f"prompt {prompt} ({self.prompts[prompt]!r}) has no tokens; at least one was expected")
+            raise GenerateError(
+                f"prompt {prompt} ({self.prompts[prompt]!r}) has no tokens; at least one was expected "
+                f"(the tokenizer of {self.tokenizer.name_or_path} knows {len(self.tokenizer)}: are its files there?)"
+            )
         return ids
