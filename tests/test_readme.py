@@ -32,6 +32,14 @@ def test_named_paths_exist(path):
     assert (ROOT / path).exists()
 
 
+def test_the_extra_hf_brings_what_the_ten_lines_need():
+    (lines,) = re.findall(r"## Ten lines\n\n```python\n(.*?)```", README, re.S)
+    (extra,) = re.findall(r"^hf = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    needed = {"import torch": "torch", "from transformers": "transformers", "device_map=": "accelerate"}
+    for text, package in needed.items():
+        assert text in lines and f'"{package}' in extra
+
+
 def test_first_command_is_one_line_of_shell():
     first = re.search(r"<!-- first command -->\n```sh\n(.*?)\n```", README, re.S).group(1)
     assert first.endswith("warpdecode generate") and "\n" not in first
