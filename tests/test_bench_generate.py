@@ -56,7 +56,7 @@ def run(output, model, *more, device="cpu"):
         compiled._compile_all_devices = True  # transformers compiles on GPUs alone, otherwise
     argv = [
         "--models", model, "--device", device, "--prompt-tokens", "5", "--new-tokens", "10", "--output", str(output),
-        "--commit", "abc", *more,
+        "--commit", "abc", "--seconds", "1000", *more,
     ]  # fmt: skip
     code = end_to_end.main(argv, SMALL[model], compiled)
     return code, [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
@@ -186,23 +186,6 @@ def test_slow_variants_generate_fewer_tokens(tmp_path):
     )  # fmt: skip
     assert rows[0]["new_tokens"] == 8 and rows[0]["asked_tokens"] == 10
     assert "| 1.00 | - | - |" in report(tmp_path) and " and 10 new ones" in report(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "argv, sentence",
-    [
-        (["--models", "nosuch"], "--models was nosuch, expected some of qwen3-30b-a3b, gemma4-26b-a4b"),
-        (["--modes", "eager,fast"], "--modes was fast, expected some of static, eager"),
-        (["--variants", "vllm"], "--variants was vllm, expected some of stock"),
-        (["--new-tokens", "1"], "--new-tokens must be at least 2"),
-        (["--batch", "0"], "--rounds and --batch at least 1"),
-        (["--kernels"], "--kernels was given with --device cpu, expected a CUDA device"),
-        (["--kernels", "--new-tokens", "3"], "--new-tokens was 3, expected at least 4"),
-    ],
-)
-def test_wrong_options_are_refused(argv, sentence, capsys):
-    assert end_to_end.main(["--device", "cpu", *argv]) == 2
-    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.gpu

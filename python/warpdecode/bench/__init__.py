@@ -8,10 +8,10 @@ times. vLLM's batch-invariant mode needs a process of its own; that one takes it
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import sys
 
-from warpdecode.bench import layouts
+from warpdecode.bench import layouts, options
 from warpdecode.shapes import SHAPES, named_shapes
 
 
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--tokens", default="1,4,16", help="comma-separated numbers of tokens T (default %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16", help="comma-separated: bfloat16, float16, float32 (CPU only)")
-    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where it is usable")
+    parser.add_argument(
+        "--device", default=None, choices=options.DEVICES,
+        help="default: cuda where it is usable; of several GPUs the first that CUDA_VISIBLE_DEVICES leaves",
+    )  # fmt: skip
     parser.add_argument(
         "--routing", default="uniform", choices=["uniform", "zipf", "same"],
         help="how experts are drawn; same: every token of a call has the same ones",
@@ -56,46 +59,45 @@ def environment(device: str, commit: str | None = None) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark; prints a table, appends JSON lines to args.output. Returns the exit code."""
+    """Runs the benchmark; prints a table, appends JSON lines to args.output. Returns the exit code: 0 all was measured,
+    1 something could not be, 2 wrong usage."""
     import warpdecode
 
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         print("warpdecode bench: needs torch; pip install 'warpdecode[hf]'", file=sys.stderr)
         return 1
     from warpdecode.bench import peers, table
     from warpdecode.bench.runner import Runner
 
-    device = args.device or ("cuda" if warpdecode.cuda_usable()[0] and torch.cuda.is_available() else "cpu")
-    option = "--shapes"
-    try:
-        shapes = named_shapes(args.shapes, args.seed)
-        option = "--tokens"
-        tokens = [int(text) for text in args.tokens.split(",")]
-        option = "--peers"
-        peer_names = peers.chosen(args.peers, device)
-        option = "--layouts"
-        layout_names = layouts.chosen(args.layouts)
-    except ValueError as error:
-        print(f"warpdecode bench: {option} {error}", file=sys.stderr)
-        return 2
-    kernels = [name for name in args.kernels.split(",") if name]
-    found = environment(device, args.commit)
-    print(", ".join(f"{key} {value}" for key, value in found.items()))
-    print(f"peers: {', '.join(peer_names) or 'none'}")
-    columns = table.columns(kernels, parts=not args.no_parts, peers=peer_names, layouts=layout_names)
-    complete = True
-    with Runner(device, kernels, peer_names, layout_names, args) as runner:
+    with contextlib.ExitStack() as stack:
+        try:
+            device = options.checked("--device", options.device, args.device)
+            shapes = options.checked("--shapes", named_shapes, args.shapes, args.seed)
+            tokens = options.checked("--tokens", options.numbers, args.tokens)
+            dtypes = ["bfloat16", "float16", *(["float32"] if device == "cpu" else [])]
+            dtypes = options.checked("--dtypes", options.names, args.dtypes, dtypes)
+            usable = [kernel.name for kernel in warpdecode.kernels() if kernel.device == device and kernel.usable]
+            kernels = options.checked("--kernels", options.names, args.kernels, usable) if args.kernels else []
+            options.checked("--repeats", options.at_least, args.repeats, 1)
+            peer_names = options.checked("--peers", peers.chosen, args.peers, device)
+            layout_names = options.checked("--layouts", layouts.chosen, args.layouts)
+            append = options.checked("--output", stack.enter_context, options.appended(args.output))
+        except ValueError as error:
+            print(f"warpdecode bench: {error}", file=sys.stderr)
+            return 2
+        found = environment(device, args.commit)
+        print(", ".join(f"{key} {value}" for key, value in found.items()))
+        print(f"peers: {', '.join(peer_names) or 'none'}")
+        columns = table.columns(kernels, parts=not args.no_parts, peers=peer_names, layouts=layout_names)
+        runner = stack.enter_context(Runner(device, kernels, peer_names, layout_names, args))
         for shape in shapes:
-            for dtype in args.dtypes.split(","):
+            for dtype in dtypes:
                 print(f"\n{shape}, {dtype}, {args.routing} routing, {device}; medians in microseconds")
                 print(table.heading(columns), flush=True)
                 for row in runner.rows(shape, dtype, tokens):
                     print(table.line(columns, row), flush=True)
-                    if args.output:
-                        with open(args.output, "a", encoding="utf-8") as file:
-                            file.write(json.dumps({**row, "environment": found}) + "\n")
-        complete = runner.complete
+                    append({**row, "environment": found})
     print(f"\n{table.LEGEND}")
-    return 0 if complete else 1
+    return 0 if runner.complete else 1

@@ -15,15 +15,15 @@ batched_mm in decode steps); `eager`, `batched_mm` and `grouped_mm` are transfor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator
 
 import torch
 
-from warpdecode.bench import environment
+from warpdecode.bench import environment, options
 from warpdecode.bench.decode_rounds import Settings, measure
 from warpdecode.bench.random_models import MODELS, build
 from warpdecode.bench.step_kernels import LEAST
@@ -54,41 +54,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=settings.prompt_tokens, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=settings.rounds, help="generations timed (default %(default)s)")
     parser.add_argument("--kernels", action="store_true", help="record each variant's CUDA kernels of a step, too")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=options.DEVICES)
     parser.add_argument("--commit", default=None, help="recorded in the rows (default: the source tree's own)")
     parser.add_argument("--output", default=None, help="append the rows to this file as JSON lines")
     return parser
 
 
-def _chosen(option: str, text: str, known) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"--{option} was {', '.join(unknown)}, expected some of {', '.join(known)}")
-    return names
+def _check(args: argparse.Namespace) -> None:
+    """Puts what the texts of the options say in their place. Raises ValueError, naming the option."""
+    options.checked("--device", options.device, args.device)
+    args.models = options.checked("--models", options.names, args.models, MODELS)
+    args.modes = options.checked("--modes", options.names, args.modes, DEFAULT)
+    if args.variants is not None:
+        args.variants = options.checked("--variants", options.names, args.variants, NAMES)
+    args.batch = options.checked("--batch", options.numbers, args.batch)
+    least = {"layers": 1, "new_tokens": LEAST if args.kernels else 2, "prompt_tokens": 1, "rounds": 1}
+    for name, number in least.items():
+        options.checked("--" + name.replace("_", "-"), options.at_least, getattr(args, name), number)
+    if args.kernels and args.device != "cuda":
+        raise ValueError(f"--kernels was given with --device {args.device}, expected a CUDA device")
 
 
 def rows(args: argparse.Namespace, sizes: dict, compile_config=None) -> Iterator[dict]:
     """The rows of all models, modes and batches. sizes: what of a model's configuration is to differ."""
-    names, modes = _chosen("models", args.models, MODELS), _chosen("modes", args.modes, DEFAULT)
-    variants = _chosen("variants", args.variants, NAMES) if args.variants else None
-    batches = [int(text) for text in args.batch.split(",")]
-    if args.new_tokens < 2 or args.rounds < 1 or min(batches) < 1:
-        raise ValueError("--new-tokens must be at least 2, --rounds and --batch at least 1")
-    if args.kernels and args.new_tokens < LEAST:
-        raise ValueError(f"--new-tokens was {args.new_tokens}, expected at least {LEAST} with --kernels")
-    if args.kernels and not args.device.startswith("cuda"):
-        raise ValueError(f"--kernels was given with --device {args.device}, expected a CUDA device")
     settings = Settings(args.new_tokens, args.prompt_tokens, args.rounds, args.seconds, compile_config, args.kernels)
     start = time.perf_counter()
     with registered():
-        for name in names:
-            overrides = {**sizes, **({"num_hidden_layers": args.layers} if args.layers else {})}
+        for name in args.models:
+            overrides = {**sizes, **({"num_hidden_layers": args.layers} if args.layers is not None else {})}
             model = build(name, args.device, **overrides)
             common = {"model": name, "layers": model.config.num_hidden_layers, "device": args.device}
-            for mode in modes:
-                models = {variant: model_of(model, variant) for variant in variants or DEFAULT[mode]}
-                for batch in batches:
+            for mode in args.modes:
+                models = {variant: model_of(model, variant) for variant in args.variants or DEFAULT[mode]}
+                for batch in args.batch:
                     where = f"{name}, {mode}, batch {batch}"
                     _say(f"{where} (after {time.perf_counter() - start:.0f} s)")
                     found = measure(models, mode, batch, settings, lambda text, where=where: _say(f"{where}: {text}"))
@@ -126,18 +124,19 @@ def _line(row: dict) -> str:
 
 def main(argv: list[str] | None = None, sizes: dict | None = None, compile_config=None) -> int:
     """Command line. Returns the exit code: 0 all rows were measured, 1 some failed, 2 wrong usage."""
-    args = _parser().parse_args(argv)
-    found, failed = environment(args.device, args.commit), False
-    try:
+    args, failed = _parser().parse_args(argv), False
+    with contextlib.ExitStack() as stack:
+        try:
+            _check(args)
+            append = options.checked("--output", stack.enter_context, options.appended(args.output))
+        except ValueError as error:
+            print(f"warpdecode.bench.end_to_end: {error}", file=sys.stderr)
+            return 2
+        found = environment(args.device, args.commit)
         for row in rows(args, sizes or {}, compile_config):
             print(_line(row), flush=True)
             failed |= "failed" in row
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, "environment": found}) + "\n")
-    except ValueError as error:
-        print(f"warpdecode.bench.end_to_end: {error}", file=sys.stderr)
-        return 2
+            append({**row, "environment": found})
     return int(failed)
 
 

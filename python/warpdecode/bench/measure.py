@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from warpdecode.bench import candidates as ours
-from warpdecode.bench import peer_vllm, peers
+from warpdecode.bench import options, peer_vllm, peers
 from warpdecode.bench.kernels_seen import kernels_seen, unexpected
 from warpdecode.bench.layers import Layers
 from warpdecode.bench.layouts import label
@@ -20,14 +20,14 @@ def measure(
     shape, dtype_name, tokens_list, device, routing, kernels, *,
     repeats=None, peers=True, seed=0, parts=False, eager=False, profile=False, layouts=(),
 ):  # fmt: skip
-    """Yields one row (a dict, ready for JSON) per number of tokens.
+    """Yields one row (a dict, ready for JSON) per number of tokens. device: "cpu" or "cuda"; ValueError for others.
 
     kernels: rows of the library's table to force and time, too. peers: names of `bench.peers`; True for all that can be
     used in this process, False for none. parts: each kernel alone, too. eager: wall times of eager calls, too. profile:
     record which CUDA kernels ran. layouts: names of `bench.layouts`, timed beside the standard one.
     """
     dtype = getattr(torch, dtype_name)
-    timer = CudaTimer(repeats) if device == "cuda" else CpuTimer(repeats)
+    timer = (CudaTimer if options.device(device) == "cuda" else CpuTimer)(repeats)
     with torch.no_grad():
         layers = Layers(shape, dtype, device, timer.cache_bytes, seed)
         for tokens in tokens_list:

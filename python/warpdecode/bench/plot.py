@@ -5,6 +5,7 @@ For each shape the times of all candidates over T, and the fraction of the read 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -62,23 +63,29 @@ def _styles(rows: list[dict]) -> dict[str, dict]:
     return styles
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    if len(argv) != 2:
-        print("usage: python -m warpdecode.bench.plot RESULTS.jsonl OUT.png", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m warpdecode.bench.plot", description="Plots of a result file: times and fractions over T."
+    )
+    parser.add_argument("results", type=Path, metavar="RESULTS.jsonl", help="what `warpdecode bench --output` wrote")
+    parser.add_argument("picture", metavar="OUT.png", help="where to draw; the suffix is the format")
+    args = parser.parse_args(argv)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print("warpdecode.bench.plot: needs matplotlib; pip install 'warpdecode[notebook]'", file=sys.stderr)
         return 1
-    rows = [row for row in rows_of(Path(argv[0])) if "microseconds" in row]
-    if not rows:
-        print(f"warpdecode.bench.plot: {argv[0]} has no rows of a layer", file=sys.stderr)
+    try:
+        rows = [row for row in rows_of(args.results) if "microseconds" in row]
+        if not rows:
+            raise ValueError(f"{args.results} has no rows of a layer")
+        plot(rows).savefig(args.picture, dpi=110)
+    except (OSError, ValueError) as error:
+        print(f"warpdecode.bench.plot: {error}", file=sys.stderr)
         return 1
-    plot(rows).savefig(argv[1], dpi=110)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -7,6 +7,7 @@ compares them, so that no figure is typed by hand.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from warpdecode.bench.report_generate import generate_table
@@ -164,9 +165,15 @@ def _kind(rows: list[dict]) -> int:
 
 
 def report(folder: Path, short: bool = False) -> str:
-    """The tables of all result files in a folder. short: README's, without vLLM batch-invariant and layouts."""
-    parts = []
-    for rows in sorted((rows_of(path) for path in sorted(folder.glob("*.jsonl"))), key=_kind):
+    """The tables of all result files in a folder. short: README's, without vLLM batch-invariant and layouts.
+
+    Raises ValueError for a folder without a row and for a line that is none.
+    """
+    parts, files = [], [rows_of(path) for path in sorted(folder.glob("*.jsonl"))]
+    files = [rows for rows in files if rows]  # a run that was interrupted before its first row leaves an empty one
+    if not files:
+        raise ValueError(f"{folder} has no .jsonl file with rows of the benchmark")
+    for rows in sorted(files, key=_kind):
         if "model" in rows[0]:
             parts.append(generate_table(rows))
         elif not rows[0].get("layouts"):
@@ -176,9 +183,19 @@ def report(folder: Path, short: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m warpdecode.bench.report", description="Tables of result files.")
     parser.add_argument("folder", type=Path, help="where the .jsonl files lie")
     parser.add_argument("--short", action="store_true", help="as README has them")
-    arguments = parser.parse_args()
-    print(report(arguments.folder, arguments.short))
+    args = parser.parse_args(argv)
+    try:
+        print(report(args.folder, args.short))
+    except (OSError, ValueError) as error:
+        print(f"warpdecode.bench.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,8 +7,14 @@ from pathlib import Path
 
 
 def rows_of(path: Path) -> list[dict]:
-    """The rows of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a JSON lines file. Raises OSError, and ValueError for a line that is no row, naming the file."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); a row was expected") from None
+    return rows
 
 
 def conditions(row: dict) -> str:

@@ -1,0 +1,148 @@
+"""The options of the benchmark's commands: what is wrong is said before anything is measured, and rows are not lost."""
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+import warpdecode
+from test_bench import made_row
+from warpdecode import cli
+from warpdecode.bench import end_to_end, options, plot, report, runner
+from warpdecode.bench.measure import measure
+from warpdecode.hf.registries import ExpertsInterface
+from warpdecode.shapes import SHAPES
+
+COMMANDS = {"layers": lambda argv: cli.main(["bench", *argv]), "models": end_to_end.main}
+needs_interface = pytest.mark.skipif(ExpertsInterface is None, reason="transformers 4 has no experts interface")
+without_cuda = pytest.mark.skipif(warpdecode.cuda_usable()[0], reason="CUDA is usable here")
+
+
+def exit_code(command, argv):
+    """How a command ends; argparse ends it with SystemExit."""
+    try:
+        return COMMANDS[command](argv)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--shapes", "granite-3b,nosuch"], "--shapes was nosuch, expected qwen3-30b-a3b"),
+        (["--shapes", "random:0"], "--shapes was random:0, expected"),
+        (["--peers", "sglang"], "--peers was sglang, expected none or some of transformers, vllm, vllm-invariant"),
+        (["--tokens", "1,many"], "--tokens was 1,many, expected whole numbers of at least 1, separated by commas"),
+        (["--tokens", "0"], "--tokens was 0, expected whole numbers of at least 1"),
+        (["--tokens", "4,-1"], "--tokens was 4,-1, expected whole numbers of at least 1"),
+        (["--dtypes", "foo"], "--dtypes was foo, expected some of bfloat16, float16, float32"),
+        (["--dtypes", "bfloat16,float64"], "--dtypes was float64, expected some of"),
+        (["--kernels", "cpu_generic,foo"], "--kernels was foo, expected some of cpu_"),
+        (["--repeats", "-1"], "--repeats was -1, expected at least 1"),
+        (["--repeats", "0"], "--repeats was 0, expected at least 1"),
+        (["--layouts", "transposed,packed"], "--layouts was packed, expected all or some of transposed, interleaved"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--device", "cuda:0"], "argument --device: invalid choice: 'cuda:0'"),
+        (
+            ["--output", "no/such.jsonl"],
+            "--output was no/such.jsonl, expected a file that can be written",
+        ),
+    ],
+)
+def test_wrong_options_of_layers(argv, sentence, capsys):
+    assert exit_code("layers", ["--device", "cpu", *argv]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and not printed.out
+
+
+@needs_interface
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--models", "nosuch"], "--models was nosuch, expected some of qwen3-30b-a3b, gemma4-26b-a4b"),
+        (["--modes", "eager,fast"], "--modes was fast, expected some of static, eager"),
+        (["--variants", "vllm"], "--variants was vllm, expected some of stock"),
+        (["--new-tokens", "1"], "--new-tokens was 1, expected at least 2"),
+        (["--batch", "0"], "--batch was 0, expected whole numbers of at least 1, separated by commas"),
+        (["--rounds", "0"], "--rounds was 0, expected at least 1"),
+        (["--layers", "0"], "--layers was 0, expected at least 1"),
+        (["--prompt-tokens", "0"], "--prompt-tokens was 0, expected at least 1"),
+        (["--kernels"], "--kernels was given with --device cpu, expected a CUDA device"),
+        (["--kernels", "--new-tokens", "3"], "--new-tokens was 3, expected at least 4"),
+        (["--device", "cuda:0"], "argument --device: invalid choice: 'cuda:0'"),
+        (
+            ["--output", "no/such.jsonl"],
+            "--output was no/such.jsonl, expected a file that can be written",
+        ),
+    ],
+)
+def test_wrong_options_of_models(argv, sentence, capsys):
+    assert exit_code("models", ["--device", "cpu", *argv]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and not printed.out
+
+
+@without_cuda
+@pytest.mark.parametrize("command", ["layers", pytest.param("models", marks=needs_interface)])
+def test_cuda_where_it_cannot_be_used(command, capsys):
+    assert exit_code(command, ["--device", "cuda"]) == 2
+    assert f"--device was cuda, expected cpu: {warpdecode.cuda_usable()[1]}" in capsys.readouterr().err
+
+
+def test_one_gpu_of_several_is_no_device_of_a_measurement():
+    """It was timed with the CPU's clock, and its row was of a CPU."""
+    with pytest.raises(ValueError, match="was cuda:0, expected cpu or cuda"):
+        next(measure(SHAPES["granite-3b"], "bfloat16", [1], "cuda:0", "uniform", []))
+
+
+def test_rows_are_in_the_file_at_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"first": 1}\n')
+    with options.appended(str(path)) as append:
+        append({"second": 2})
+        assert path.read_text() == '{"first": 1}\n{"second": 2}\n'
+
+
+def test_a_shape_that_does_not_fit_is_named_and_the_exit_code_says_so(tmp_path, capsys, monkeypatch):
+    def first_does_not_fit(shape, *_, **__):
+        if shape.name == "granite-3b":
+            raise torch.OutOfMemoryError("there is no more")
+        yield made_row(shape.name, 1, {"read ceiling": 80.0, "two reads": 90.0, "warpdecode": 100.0})
+
+    monkeypatch.setattr(runner, "measure", first_does_not_fit)
+    output = tmp_path / "rows.jsonl"
+    argv = ["--shapes", "granite-3b,olmoe-1b-7b", "--tokens", "1", "--device", "cpu", "--peers", "none", "--no-parts"]
+    assert exit_code("layers", [*argv, "--output", str(output)]) == 1
+    assert [json.loads(line)["shape"] for line in output.read_text().splitlines()] == ["olmoe-1b-7b"]
+    said = "granite-3b, bfloat16: the remaining rows are left out: OutOfMemoryError: there is no more"
+    assert said in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_reported(tmp_path, capsys):
+    def said(*argv):
+        assert report.main([str(word) for word in argv]) == 1
+        return capsys.readouterr().err
+
+    assert "nosuch has no .jsonl file with rows" in said(tmp_path / "nosuch")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "has no .jsonl file with rows" in said(tmp_path)
+    row = made_row("olmoe-1b-7b", 1, {"read ceiling": 80.0, "two reads": 90.0, "warpdecode": 100.0})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert report.main([str(tmp_path)]) == 0 and "olmoe-1b-7b" in capsys.readouterr().out
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(json.dumps(row) + "\n" + json.dumps(row)[:40])
+    assert "cut.jsonl, line 2 is not JSON" in said(tmp_path)
+    assert plot.main([str(cut), str(tmp_path / "out.png")]) == 1
+    assert "cut.jsonl, line 2 is not JSON" in capsys.readouterr().err
+    assert plot.main([str(tmp_path / "nosuch"), str(tmp_path / "out.png")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_plot_says_what_it_takes(capsys):
+    with pytest.raises(SystemExit) as end:
+        plot.main(["--help"])
+    assert end.value.code == 0 and "RESULTS.jsonl OUT.png" in capsys.readouterr().out
