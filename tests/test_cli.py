@@ -1,5 +1,6 @@
 """The command line itself: what it says about itself, its exit codes, and how little it imports to do so."""
 
+import os
 import re
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def test_wrong_usage(argv, sentence, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == warpdecode.info() + "\n"
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "WARPDECODE_NUM_THREADS"])
+def test_a_wrong_number_of_threads_is_a_sentence(variable):
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    environment[variable] = "0"
+    done = subprocess.run([*LOCAL, "info"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"warpdecode: {variable}: was '0', expected a number of threads of at least 1\n"
 
 
 def test_version(capsys):

@@ -1,5 +1,7 @@
 """Every framework's arrays go in, the caller's framework comes out, with the same bits."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -176,8 +178,6 @@ def test_torch_refusals():
         warpdecode.moe(torch.Tensor._make_subclass(type("Sub", (torch.Tensor,), {}), x), ids, weights, gate_up, down)
     with pytest.raises(ValueError, match="activation: was 'tanh', expected one of 'silu', 'gelu_tanh'"):
         warpdecode.moe(x, ids, weights, gate_up, down, activation="tanh")
-    with pytest.raises(ValueError, match='options: kernel was "fast", expected a name'):
-        warpdecode.Experts(gate_up, down, kernel="fast")(x, ids, weights)
 
 
 def test_parameter_data_replaced_is_seen():
@@ -229,18 +229,34 @@ def test_cuda_tensor_without_cuda():
     assert reason.startswith("CUDA: ") and ("driver" in reason or "CPU-only" in reason)
 
 
-def test_call_overhead():
-    """A call without its kernels (T = 0), in thread CPU time so that a busy machine does not count: below 10 us."""
-    import time
+def _thread_time(function):
+    """The least thread CPU time of a call, so that a busy machine does not count."""
+    rounds = []
+    for _ in range(30):
+        start = time.thread_time()
+        for _ in range(500):
+            function()
+        rounds.append((time.thread_time() - start) / 500)
+    return min(rounds)
 
+
+class Counter:
+    """What Python itself takes its time for: a method that does nothing."""
+
+    def method(self, one, two, three):
+        return one
+
+    def hundred_calls(self):
+        for number in range(100):
+            self.method(number, 1, 2)
+
+
+def test_call_overhead():
+    """A call without its kernels (T = 0) takes less than 300 calls of a Python method, on a slow processor, too: 10 us
+    where it takes 6.5."""
     layer = make_layer(8, 64, 32, torch.bfloat16)
     call = warpdecode.Experts(layer.gate_up, layer.down)
     inputs = make_tokens(layer, 0, 2)
     with torch.no_grad():
-        rounds = []
-        for _ in range(30):
-            start = time.thread_time()
-            for _ in range(500):
-                call(*inputs)
-            rounds.append((time.thread_time() - start) / 500)
-    assert min(rounds) < 10e-6, f"{min(rounds) * 1e6:.1f} us"
+        ours, pythons = _thread_time(lambda: call(*inputs)), _thread_time(Counter().hundred_calls)
+    assert ours < 3 * pythons, f"{ours * 1e6:.1f} us, and {pythons * 1e6:.1f} us for 100 calls of a method"

@@ -121,7 +121,7 @@ def test_weight_on_input_is_for_the_whole_layer():
     parts = draw_parts(4, 72, 88, torch.bfloat16)
     x, ids, weights = draw_tokens(parts, 3, 2)
     call = describe(parts, weight_on_input=True)
-    sentence = "experts: weight_on_input was 1, expected 0 where one kernel runs alone: use wd_moe_forward"
+    sentence = "experts: weight_on_input was 1, expected 0 where one kernel runs alone: call the Experts"
     with pytest.raises(ValueError, match=sentence):
         warpdecode.moe_gate_up_3d_batched(call, x, ids)
     inter = warpdecode.moe_gate_up_3d_batched(describe(parts), x, ids)

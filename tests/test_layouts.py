@@ -193,22 +193,27 @@ def test_refusals():
         ({"is_transposed": 1}, "is_transposed: was 1, expected one of False, True, 'down'"),
         ({"is_interleaved": None}, "is_interleaved: was None, expected one of False, True"),
         ({"limit": 0.0}, "limit: was 0.0, expected a number above 0, or None for none"),
-        ({"limit": -1.0}, "experts: limit was -1, expected 0 .none. or more"),
-        ({"limit": float("nan")}, "experts: limit was -?nan, expected 0"),
-        ({"alpha": 0}, "alpha: was 0, expected a number above 0, or None for none"),
-        ({"alpha": float("inf")}, "experts: alpha was inf, expected 0 .none. or a finite number above"),
-        ({"alpha": 2.0, "activation": "gelu"}, "experts: alpha was 2, expected 0 with activation 2: silu alone has it"),
-        ({"up_offset": float("nan")}, "experts: up_offset was -?nan, expected a finite number"),
+        ({"limit": -1.0}, "limit: was -1.0, expected a number above 0, or None for none"),
+        ({"limit": float("nan")}, "limit: was nan, expected a number above 0"),
+        ({"alpha": 0}, "alpha: was 0, expected a finite number above 0, or None for 1"),
+        ({"alpha": float("inf")}, "alpha: was inf, expected a finite number above 0"),
+        ({"alpha": 2.0, "activation": "gelu"}, "alpha: was 2.0, expected None with activation 'gelu'"),
+        ({"up_offset": float("nan")}, "up_offset: was nan, expected a finite number"),
+        ({"limit": "7"}, "limit: was '7', expected a number above 0, or None for none"),
+        ({"alpha": [1]}, r"alpha: was \[1\], expected a finite number above 0"),
+        ({"up_offset": None}, "up_offset: was None, expected a finite number"),
+        ({"kernel": 5}, "kernel: was 5, expected None or one of cuda_direct, "),
+        ({"kernel": "fast"}, "kernel: was 'fast', expected None or one of cuda_direct, "),
         ({"is_transposed": True}, "gate_up_proj: 2I was 72 columns, expected twice a multiple of 8 from 8 to 16777216"),
         ({"is_transposed": "down"}, r"down_proj: shape was \[3, 72, 88\], expected \[E, I, H\] = \[3, 88, 72\]"),
         ({"has_gate": False}, r"down_proj: shape was \[3, 72, 88\], expected \[E, H, I\] = \[3, 72, 176\]"),
-        ({"has_gate": False, "limit": 1.0}, "experts: limit was 1, expected 0 with no_gate"),
-        ({"has_gate": False, "up_offset": 1.0}, "experts: up_offset was 1, expected 0 with no_gate"),
-        ({"has_gate": False, "is_interleaved": True}, "experts: is_interleaved was 1, expected 0 with no_gate"),
-        ({"has_gate": False, "up_proj": parts.up}, "up_proj: was given, expected NULL with no_gate"),
+        ({"has_gate": False, "limit": 1.0}, "experts: limit was 1, expected 0 with has_gate=False"),
+        ({"has_gate": False, "up_offset": 1.0}, "experts: up_offset was 1, expected 0 with has_gate=False"),
+        ({"has_gate": False, "is_interleaved": True}, "experts: is_interleaved was 1, expected 0 with has_gate=False"),
+        ({"has_gate": False, "up_proj": parts.up}, "up_proj: was given, expected None with has_gate=False"),
         ({"up_proj": parts.up, "is_interleaved": True}, "experts: is_interleaved was 1, expected 0 with up_proj"),
         ({"up_proj": parts.up}, r"down_proj: shape was \[3, 72, 88\], expected \[E, H, I\] = \[3, 72, 176\]"),
-        ({"up_bias": parts.up_bias}, "up_bias: was given, expected NULL without up_proj"),
+        ({"up_bias": parts.up_bias}, "up_bias: was given, expected None without up_proj"),
         ({"gate_up_bias": bias[:, :88]}, r"gate_up_bias: shape was \[3, 88\], expected \[E, 2I\] = \[3, 176\]"),
         ({"gate_up_bias": bias.half()}, "gate_up_bias: dtype was float16, expected bfloat16 or float32"),
         ({"down_bias": down_bias[0]}, r"down_bias: had 1 axes, expected 2: \[E, H\]"),
@@ -217,6 +222,14 @@ def test_refusals():
     for properties, sentence in refusals:
         with pytest.raises(ValueError, match=sentence):
             warpdecode.Experts(gate_up, down, **properties)
+    turned = [weights.transpose(1, 2).contiguous() for weights in (gate_up, down)]
+    for arrays, value in ((turned, "True"), ((gate_up, turned[1]), "'down'")):
+        with pytest.raises(ValueError, match=rf"\(with is_transposed={value} these shapes fit\)"):
+            warpdecode.Experts(*arrays)
+    with pytest.raises(ValueError, match=r"gate_up_proj: was a torch.*ParameterList, .* for weights a list of them"):
+        warpdecode.Experts(torch.nn.ParameterList(list(gate_up)), down)
+    with pytest.raises(ValueError, match=r"gate_up_proj: dtype was torch.float8_e4m3fn, expected bfloat16"):
+        warpdecode.Experts(gate_up.to(torch.float8_e4m3fn), down.to(torch.float8_e4m3fn))
     with pytest.raises(ValueError, match="gate_up_proj: I was 84 rows, expected a multiple of 8 from 8 to 16777216"):
         warpdecode.Experts(parts.gate[:, :84].contiguous(), down, has_gate=False)
     parts.gate_bias.requires_grad_()

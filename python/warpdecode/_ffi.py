@@ -45,13 +45,29 @@ def last_error() -> str:
     return ffi.string(lib.wd_last_error()).decode(errors="replace")
 
 
-def check(status: int) -> None:
-    """Raises for a failed status, with the library's sentence: ValueError for arguments, RuntimeError for CUDA."""
+# Words of the C interface in its sentences, and what Python's callers have in their place.
+WORDS = {
+    "output: ": "out: ",
+    "expected NULL": "expected None",
+    "with no_gate": "with has_gate=False",
+    "a name that wd_get_kernel_info lists": "a name that warpdecode.kernels() lists",
+    "use wd_moe_forward": "call the Experts",
+}
+
+
+def check(status: int, words: dict[str, str] = WORDS) -> None:
+    """Raises for a failed status, with the library's sentence: ValueError for arguments, RuntimeError for CUDA.
+
+    words: what the sentence says for what the caller calls otherwise.
+    """
     if status == OK:
         return
+    sentence = last_error()
+    for word, known_as in words.items():
+        sentence = sentence.replace(word, known_as)
     if status == lib.WD_OUT_OF_MEMORY:
-        raise MemoryError(last_error())
-    raise (ValueError if status in _VALUE_ERRORS else RuntimeError)(last_error())
+        raise MemoryError(sentence)
+    raise (ValueError if status in _VALUE_ERRORS else RuntimeError)(sentence)
 
 
 def new_struct(name: str):

@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2
+        try:
+            warpdecode.get_num_threads()
+        except ValueError as error:  # an environment variable, which concerns every command
+            print(f"warpdecode: {error}", file=sys.stderr)
+            return 1
         if args.command == "info":
             print(warpdecode.info())
             return 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from warpdecode._ffi import check, ffi, lib, new_struct
+import math
+from collections.abc import Callable
+
+from warpdecode._ffi import OK, check, ffi, lib, new_struct
 from warpdecode.frameworks import adapter_of
 from warpdecode.slots import Slot
 
@@ -29,20 +32,45 @@ TABLES = {
 _CUDA_ALIGNMENT = 16
 
 
-def number(name: str, value: float | None) -> float:
-    """A limit or an alpha as the struct has it: 0 is none, so a caller's own 0 is a mistake."""
-    if value is None:
-        return 0.0
-    if value == 0:
-        raise ValueError(f"{name}: was {value!r}, expected a number above 0, or None for none")
-    return value
+def _number(name: str, value, expected: str, allowed: Callable[[float], bool]) -> float:
+    try:
+        # float() would read a text
+        if not isinstance(value, (str, bytes)) and allowed(number := float(value)):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name}: was {value!r}, expected {expected}")
 
 
-def choice(name: str, value, choices: dict):
-    """The struct's number for one of the values that an argument may have."""
+def _choice(name: str, value, choices: dict):
     if not isinstance(value, (bool, str)) or value not in choices:
         raise ValueError(f"{name}: was {value!r}, expected one of {', '.join(map(repr, choices))}")
     return choices[value]
+
+
+def struct_fields(
+    *, activation, is_transposed, is_interleaved, has_gate, alpha, limit, clamp_after_activation, up_offset,
+    weight_on_input,
+) -> dict:  # fmt: skip
+    """The fields of the C struct for these keywords of `Experts`. Raises ValueError for what they may not be; which of
+    them go together, the C library knows."""
+    fields = {
+        "activation": _choice("activation", activation, ACTIVATIONS),
+        "is_transposed": _choice("is_transposed", is_transposed, TRANSPOSED),
+        "is_interleaved": _choice("is_interleaved", is_interleaved, FLAGS),
+        "no_gate": 1 - _choice("has_gate", has_gate, FLAGS),
+        "weight_on_input": _choice("weight_on_input", weight_on_input, FLAGS),
+        "clamp_after_activation": _choice("clamp_after_activation", clamp_after_activation, FLAGS),
+        "up_offset": _number("up_offset", up_offset, "a finite number", math.isfinite),
+    }
+    if limit is not None:
+        fields["limit"] = _number("limit", limit, "a number above 0, or None for none", lambda number: number > 0)
+    if alpha is not None:
+        finite = "a finite number above 0, or None for 1"
+        fields["alpha"] = _number("alpha", alpha, finite, lambda number: 0 < number < math.inf)
+        if activation != "silu":
+            raise ValueError(f"alpha: was {alpha!r}, expected None with activation {activation!r}: silu alone has it")
+    return fields
 
 
 class Part:
@@ -95,6 +123,18 @@ def _check_member(slot: Slot, first: Slot) -> None:
         )
 
 
+def _check_layer(struct) -> None:
+    """Refuses bad weights here, not in a call, and says so where they are good ones of another layout."""
+    size = ffi.new("size_t *")
+    try:
+        check(lib.wd_moe_workspace_size(struct, 1, 1, size))
+    except ValueError as error:
+        for value, struct.is_transposed in TRANSPOSED.items():
+            if lib.wd_moe_workspace_size(struct, 1, 1, size) == OK:
+                raise ValueError(f"{error} (with is_transposed={value!r} these shapes fit)") from None
+        raise
+
+
 class Description:
     """The C struct of a layer and what it points to. Never changed once made: running calls may be reading it."""
 
@@ -111,7 +151,7 @@ class Description:
             setattr(struct, name, value)
         matrix = self.parts["gate_up_proj"].slots[0].tensor
         self.on_cpu = matrix.device.device_type != lib.kDLCUDA
-        check(lib.wd_moe_workspace_size(struct, 1, 1, ffi.new("size_t *")))  # bad weights: refused here, not in a call
+        _check_layer(struct)
         sizes = matrix.shape[matrix.ndim - 2], matrix.shape[matrix.ndim - 1]
         rows, self.hidden = sizes[::-1] if struct.is_transposed == lib.WD_TRANSPOSED_ALL else sizes
         self.intermediate = rows if struct.no_gate or "up_proj" in self.parts else rows // 2

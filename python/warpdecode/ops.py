@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from warpdecode import threads
 from warpdecode._ffi import OK, check, ffi, lib, new_struct
-from warpdecode.description import ACTIVATIONS, FLAGS, TRANSPOSED, Description, choice, number
+from warpdecode.build_info import kernels
+from warpdecode.description import Description, struct_fields
 from warpdecode.frameworks import adapter_of
 from warpdecode.slots import Slot
 
@@ -64,8 +65,13 @@ class Experts:
     transposed weights and with lists, on the CPU transposed weights take about twice as long.
 
     The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps
-    the arrays alive, and looks before each call whether a torch parameter was given other memory (`.data = ...`).
-    It may be called from several threads. H and I are multiples of 8; arrays are contiguous.
+    the arrays alive, and looks before each call whether a torch parameter was given other memory (`.data = ...`) or
+    another shape. It cannot know of a new parameter in the old one's place, as `module.weight = ...` and
+    `load_state_dict(assign=True)` make it, nor of strides that changed alone (`transpose_()`): describe anew. What it
+    describes cannot be assigned. It may be called from several threads, copied and pickled, which copies its arrays.
+    H and I are multiples of 8; arrays are contiguous.
+
+    Raises ValueError for bad arguments, naming the argument.
 
     The result of a call, for token t (the layer of https://arxiv.org/abs/2401.04088, section 2.1):
         e = topk_ids[t,k]
@@ -92,17 +98,21 @@ class Experts:
         weight_on_input: bool = False,
         kernel: str | None = None,
     ):
-        self._properties = {
-            "activation": choice("activation", activation, ACTIVATIONS),
-            "is_transposed": choice("is_transposed", is_transposed, TRANSPOSED),
-            "is_interleaved": choice("is_interleaved", is_interleaved, FLAGS),
-            "no_gate": 1 - choice("has_gate", has_gate, FLAGS),
-            "weight_on_input": choice("weight_on_input", weight_on_input, FLAGS),
-            "limit": number("limit", limit),
-            "clamp_after_activation": choice("clamp_after_activation", clamp_after_activation, FLAGS),
-            "alpha": number("alpha", alpha),
+        keywords = {
+            "activation": activation,
+            "is_transposed": is_transposed,
+            "is_interleaved": is_interleaved,
+            "has_gate": has_gate,
+            "alpha": alpha,
+            "limit": limit,
+            "clamp_after_activation": clamp_after_activation,
             "up_offset": up_offset,
+            "weight_on_input": weight_on_input,
         }
+        self._properties = struct_fields(**keywords)
+        self._keywords = {**keywords, "kernel": kernel}  # for copies
+        if kernel is not None and kernel not in (names := [row.name for row in kernels()]):
+            raise ValueError(f"kernel: was {kernel!r}, expected None or one of {', '.join(names)}")
         arrays = {
             "gate_up_proj": gate_up_proj,
             "down_proj": down_proj,
@@ -116,12 +126,28 @@ class Experts:
             for name, array in arrays.items()
             if array is not None or name in ("gate_up_proj", "down_proj")
         }
-        self.gate_up_proj, self.down_proj = self._arrays["gate_up_proj"], self._arrays["down_proj"]
-        self.activation = activation
         self._kernel = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
         self._description = Description(self._arrays, self._properties)
         self._weights = self._description.members  # for the adapter's guard
         self._frames: list[_Frame] = []
+
+    def __reduce__(self):
+        return _described, (type(self), self._arrays, self._keywords)
+
+    @property
+    def gate_up_proj(self):
+        """The array that was described, or the tuple of arrays."""
+        return self._arrays["gate_up_proj"]
+
+    @property
+    def down_proj(self):
+        """The array that was described, or the tuple of arrays."""
+        return self._arrays["down_proj"]
+
+    @property
+    def activation(self) -> str:
+        """The activation's name."""
+        return self._keywords["activation"]
 
     def matches(self, gate_up_proj, down_proj, **others) -> bool:
         """Whether these torch tensors (or lists of them) are what this object describes: same memory, shapes, dtypes.
@@ -222,10 +248,23 @@ class Experts:
         return out
 
 
-def moe(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, *, out=None, **properties):
-    """One MoE layer's experts on a batch of tokens; the arguments are those of `Experts` and of its call.
+def _described(kind: type[Experts], arrays: dict, keywords: dict) -> Experts:
+    return kind(**arrays, **keywords)
 
-    properties: the keywords of `Experts` (activation, is_transposed, ...). `Experts` keeps the layer's description
-    between calls and saves about 10 us a call.
+
+def moe(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, *, out=None, **properties):
+    """One MoE layer's experts on a batch of tokens: `Experts(gate_up_proj, down_proj, **properties)`, called once.
+
+    Args:
+        hidden_states: [T, H], dtype and device of the weights: bfloat16, float16, on the CPU also float32. T may be 0.
+        topk_ids: [T, K], int32 or int64. Ids outside [0, E) contribute nothing.
+        topk_weights: [T, K], float32, bfloat16 or float16.
+        gate_up_proj: [E, 2I, H], rows gate(0..I-1) then up(0..I-1).
+        down_proj: [E, H, I].
+        out: an array [T, H] to write to; it must not overlap an input. None: a fresh one of the caller's framework.
+        properties: the keywords of `Experts` (activation, is_transposed, biases, ...).
+
+    Returns `out`. `Experts` keeps the layer's description between calls and saves tens of microseconds a call.
+    Raises ValueError for bad arguments, naming the argument; RuntimeError where CUDA fails or is missing.
     """
     return Experts(gate_up_proj, down_proj, **properties)(hidden_states, topk_ids, topk_weights, out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 
@@ -36,10 +37,14 @@ def set_num_threads(count: int) -> None:
     The default is WARPDECODE_NUM_THREADS, else OMP_NUM_THREADS, else the processors that this process may use.
     """
     global _count, _pool
-    if not isinstance(count, int) or count < 1:
+    try:
+        number = 0 if isinstance(count, bool) else operator.index(count)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"count: was {count!r}, expected a whole number of at least 1")
     with _lock:
-        _count, _pool = count, None  # the old pool ends when the last call that uses it lets go
+        _count, _pool = number, None  # the old pool ends when the last call that uses it lets go
 
 
 def pool():
