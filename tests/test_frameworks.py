@@ -55,6 +55,11 @@ def test_numpy_refusals():
         warpdecode.moe(*arrays, out=read_only)
     with pytest.raises(ValueError, match=r"hidden_states: strides were \[1, 5\], expected compact"):
         warpdecode.moe(np.asfortranarray(arrays[0]), *arrays[1:])
+    packed = np.zeros(arrays[0].shape, [("value", np.float32), ("mark", np.int8)])["value"]
+    with pytest.raises(
+        ValueError, match=r"hidden_states: strides were \(480, 5\) bytes, expected multiples of the elem"
+    ):
+        warpdecode.moe(packed, *arrays[1:])
     with pytest.raises(ValueError, match="hidden_states: was big-endian"):
         warpdecode.moe(arrays[0].astype(">f4"), *arrays[1:])
     with pytest.raises(ValueError, match="gate_up_proj: dtype was float64"):
