@@ -11,6 +11,13 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from .forms import own_method
+from .probing import changed, double, noted, probing
+
+CHANGED = "it routes, or adds to its experts, otherwise than when it was patched; patch it again"
+TRAINS = "its block does something else in training mode; patch it in eval mode"
+BESIDES = "its forward does something besides: it changes {}, which the kernels would not"
+
 
 class Recipe(NamedTuple):
     """One block's way: names of `ROUTINGS` and `SHARED`, the router's name and whether it takes [B, S, H], whether the
@@ -163,17 +170,8 @@ class WeightedTokens:
         return torch.zeros_like(tokens).scatter_add(1, ids % tokens.shape[1], tokens[:, :1] * weights)
 
 
-def twin(module, stand_in) -> torch.nn.Module:
-    """The block in eval mode with other experts; the block itself is not touched."""
-    made = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__["_modules"] = {**module._modules, "experts": stand_in}
-    made.__dict__["training"] = False
-    return made
-
-
 def probe(module) -> torch.Tensor | str:
-    """Hidden states [2, 6, H] of three sizes for a block, or the reason why there are none."""
+    """Hidden states [2, 48, H] of three sizes for a block, or the reason why there are none."""
     router = next((module._modules[name] for name in _ROUTERS if module._modules.get(name) is not None), None)
     matrix = None if router is None else next((p for p in router.parameters() if p.dim() == 2), None)
     first = next(module._modules["experts"].parameters(), None)
@@ -181,9 +179,10 @@ def probe(module) -> torch.Tensor | str:
         return "its block has no router that is known"
     if "meta" in (matrix.device.type, first.device.type):
         return "its block is on the meta device (offloaded, or not loaded yet), and cannot be probed there"
-    x = torch.randn(2, 6, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 48, matrix.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x[:, ::3] *= 1e-3  # nearly equal probabilities, whose sum over the chosen is far from 1
     x[:, 1::3] *= 0.1
+    x[:, 24:] = x[:, 24:25]  # a crowd for the same experts: a capacity shows
     return x.to(matrix.device, first.dtype)
 
 
@@ -192,22 +191,40 @@ def find(module, stand_ins) -> Recipe | str:
     hidden_states = probe(module)
     if isinstance(hidden_states, str):
         return hidden_states
-    double = twin(module, stand_ins.put_in(module._modules["experts"]))
-    with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
+    with probing(hidden_states.device):
+        twin = double(module, experts=stand_ins.put_in(module._modules["experts"]))
+        before = noted(twin)
         try:
-            expected = type(module).forward(double, hidden_states.clone())
+            expected = own_method(module)(twin, hidden_states.clone())
         except Exception as error:  # whatever a foreign forward raises
             return f"its block could not be probed ({type(error).__name__}: {error})"
+        left = changed(before)
+        if left is not None:
+            return BESIDES.format(left)
         logits = isinstance(expected, tuple)
         flat = isinstance(expected[0] if logits else expected, torch.Tensor) and _dims(expected) == 2
         for recipe in _candidates(module, logits, flat):
-            try:
-                got = follow(recipe, double, hidden_states, stand_ins.routed)
-            except Exception:  # a way that is not this block's
-                continue
-            if _equal(got, expected):
-                return recipe
+            if _is_followed(recipe, twin, hidden_states, stand_ins, expected):
+                return recipe if _trains_so(recipe, module, hidden_states, stand_ins) else TRAINS
     return "its block routes in none of the known ways, or does something besides"
+
+
+def _is_followed(recipe, twin, hidden_states, stand_ins, expected) -> bool:
+    try:
+        return _equal(follow(recipe, twin, hidden_states, stand_ins.routed), expected)
+    except Exception:  # a way that is not this block's
+        return False
+
+
+def _trains_so(recipe, module, hidden_states, stand_ins) -> bool:
+    """Whether the way is also that of training mode, where the module is in it: dropout is not."""
+    if not module.training or noise_against(module):  # noise is asked for at each call
+        return True
+    twin = double(module, training=True, experts=stand_ins.put_in(module._modules["experts"]))
+    torch.manual_seed(0)
+    expected = own_method(module)(twin, hidden_states.clone())
+    torch.manual_seed(0)
+    return _is_followed(recipe, twin, hidden_states, stand_ins, expected)
 
 
 def _dims(result) -> int:

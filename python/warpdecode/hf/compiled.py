@@ -11,8 +11,10 @@ import torch
 
 from .call import block_call_against, call_against
 from .config import policies
-from .forms import FORM, INTERFACE
-from .layer import SLOT, experts_of, kinds_of, look_at, weights_against
+from .forms import INTERFACE
+from .found import form_of
+from .layer import experts_of, kinds_of, look_at, weights_against
+from .state import FORM, SLOT, holds_traced
 
 EXPORTING = "torch.export is tracing the model, and an exported program must run without warpdecode"
 
@@ -71,20 +73,24 @@ def prepared(module, inputs):
 def _known(module, weights) -> tuple[str | None, str]:
     """(reason why the module is not served with such weights, its description)."""
     layer = module.__dict__.get(SLOT)
-    if layer is None or layer.gate is None or layer.kinds != kinds_of(weights):
-        return _look_at(id(module))
-    return layer.reason, layer.description
+    described = layer is not None and layer.gate is not None and layer.kinds == kinds_of(weights)
+    if described and holds_traced(layer.state, module):
+        return layer.reason, layer.description
+    reason, description, state = _look_at(id(module))
+    holds_traced(state, module)  # for the guards
+    return reason, description
 
 
 # Both run while tracing and leave nothing in the graph. What they return is part of the compiled code.
 @torch.compiler.assume_constant_result
-def _look_at(address: int) -> tuple[str | None, str]:
+def _look_at(address: int) -> tuple[str | None, str, tuple]:
     """For a module of which nothing is known, or with other weights. It ties the compiled code to this one module, so
     that a compiled layer would be compiled again for each of the model's: hence what is known is used where it can.
 
     By its id(), which is its address, because torch 2.11 takes only constants here. The caller keeps it alive."""
-    layer, _ = look_at(ctypes.cast(address, ctypes.py_object).value)
-    return layer.reason, layer.description
+    module = ctypes.cast(address, ctypes.py_object).value
+    layer, _ = look_at(module, form_of(module))
+    return layer.reason, layer.description, layer.state
 
 
 @torch.compiler.assume_constant_result

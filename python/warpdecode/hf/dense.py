@@ -2,16 +2,16 @@
 transformers 4.57. Told by the names of what they take; their own forward is then run on a probe, as in `stacked.py`."""
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 
 from .forms import Part, own_method
-from .stacked import Stacked, compared, has_tensors, probe_tokens
+from .probing import double
+from .stacked import Stacked, compared, has_tensors, probe_call
 
 _TAKEN = {"router_indices", "routing_weights"}
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
-_PROBES = 8
-_LARGE = 16.0  # times a usual hidden state: a limit shows there
 
 
 def find(module: torch.nn.Module) -> "Dense | None":
@@ -23,6 +23,7 @@ def find(module: torch.nn.Module) -> "Dense | None":
     return None
 
 
+@dataclass(frozen=True)
 class Dense(Stacked):
     """`gate_up_proj`, `down_proj`, perhaps biases of both. Without an `act_fn` they have an `alpha` and a `limit`, and
     interleaved columns: gpt-oss."""
@@ -54,9 +55,6 @@ class Dense(Stacked):
 
         return swiglu
 
-    def structure(self, module):
-        return (*super().structure(module), getattr(module, "alpha", None), getattr(module, "limit", None))
-
     def call(self, hidden_states, *others, **named):
         """(tokens, ids, their weights) of what the module is called with."""
         routing = (*others, *named.values())
@@ -71,20 +69,13 @@ class Dense(Stacked):
 
     def difference(self, module, experts):
         sizes = self.sizes(module, self.weights(module, self.names(module))[0])
-        x = probe_tokens(experts, _PROBES, sizes["H"])
-        ids = torch.arange(2 * _PROBES, device=x.device).view(_PROBES, 2) % sizes["E"]
-        chosen = torch.rand(_PROBES, 2, generator=torch.Generator().manual_seed(1)).to(x)
-        dense = torch.zeros(_PROBES, sizes["E"], dtype=x.dtype, device=x.device).scatter_(1, ids, chosen)
-        for scaled in (x,) if hasattr(module, "act_fn") else (x, _LARGE * x):
-            reason = compared(
-                lambda scaled=scaled: own_method(module)(
-                    module, scaled[None], router_indices=ids, routing_weights=dense
-                ),
-                lambda scaled=scaled: experts(scaled, ids, chosen)[None],
-            )
-            if reason is not None:
-                return reason
-        return None
+        x, ids, chosen = probe_call(experts, sizes["H"], sizes["E"])
+        dense = torch.zeros(len(x), sizes["E"], dtype=x.dtype, device=x.device).scatter_(1, ids, chosen)
+        twin = double(module, training=True)
+        own = lambda x, ids, _: own_method(module)(  # noqa: E731
+            twin, x[None], router_indices=ids, routing_weights=dense
+        )
+        return compared(own, lambda *call: experts(*call)[None], (x, ids, chosen))
 
 
 DENSE = Dense()

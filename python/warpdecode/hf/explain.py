@@ -1,16 +1,15 @@
 """Which path each Mixture-of-Experts layer of a model takes, and why, as a table for people."""
 
 import html
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 
 import torch
 
 from . import decode
 from .config import NAME, PatchedConfig, asked_for
-from .forms import is_dispatched
+from .forms import Form, is_dispatched
 from .forward import own_path_name
-from .found import form_of, is_block
+from .found import moe_modules
 from .layer import look_at, weights_between_calls
 from .replaced import forward_against, is_replaced
 
@@ -71,33 +70,17 @@ def explain(model: torch.nn.Module) -> Explanation:
     """Lists the path of every Mixture-of-Experts layer of `model` in a call that needs no gradients, such as those of
     `generate()`, with the reason. Changes nothing. What only a call can tell (autocast, torch.export, the inputs'
     dtype) is said by the call."""
-    return Explanation(_row(name, module) for name, module in moe_modules(model))
+    return Explanation(_row(*found) for found in moe_modules(model))
 
 
-def moe_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of everything in `model` that looks like a Mixture-of-Experts layer's experts, served or not. A
-    block that is patched as a whole stands for its `experts`, under their name."""
-    within = set()
-    for name, module in model.named_modules():
-        if module in within:
-            continue
-        if is_dispatched(module):
-            yield name, module
-        elif is_block(module):
-            within.add(module.experts)
-            yield f"{name}.experts".lstrip("."), module
-        elif type(module).__name__.endswith("Experts") and next(module.parameters(), None) is not None:
-            yield name, module  # a class outside the experts interface: DBRX, LongCat
-
-
-def _row(name: str, module: torch.nn.Module) -> LayerRow:
-    weights, _ = weights_between_calls(module)
+def _row(name: str, module: torch.nn.Module, form: Form) -> LayerRow:
+    weights, _ = weights_between_calls(module, form)
     some = next((w for w in (*weights, next(module.parameters(), None)) if w is not None), None)
-    path, reason = _verdict(module, weights)
+    path, reason = _verdict(module, form, weights)
     return LayerRow(
         name=name or "(the module itself)",
         module_class=type(module).__name__,
-        **form_of(module).sizes(module, weights),
+        **form.sizes(module, weights),
         dtype="?" if some is None else str(some.dtype).removeprefix("torch."),
         device="?" if some is None else str(some.device),
         path=path,
@@ -105,9 +88,9 @@ def _row(name: str, module: torch.nn.Module) -> LayerRow:
     )
 
 
-def _verdict(module, weights) -> tuple[str, str]:
+def _verdict(module, form, weights) -> tuple[str, str]:
     own = own_path_name(module)
-    against = forward_against(module) or look_at(module)[0].reason
+    against = forward_against(module) or look_at(module, form)[0].reason
     if against is not None:
         return own, against
     if is_replaced(module):

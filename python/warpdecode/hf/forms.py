@@ -11,14 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from . import state
 from .registries import FP8Experts
+from .state import BASE
 
-# Of the classes that `replaced.py` makes: their modules' form, and the class that was there before.
-FORM, BASE = "_warpdecode_form", "_warpdecode_base"
 OUTSIDE = "its class does not use transformers' experts interface (@use_experts_implementation)"
-
-# Who else puts a forward on an instance: accelerate's hooks keep the former one under the second name.
-INSTANCE_FORWARDS = ("forward", "_old_forward")
 
 # The attributes in which transformers' decorator says how a class stores its weights: the standard value, and the
 # arguments of `warpdecode.Experts` that say the other one. Biases are weights, and come with them.
@@ -39,8 +36,20 @@ class Part(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
+def unfit(parts, weights) -> str | None:
+    """The reason why these weights cannot be seen as the arguments of `warpdecode.Experts`."""
+    for argument, first, count, shape in parts:
+        if count is None:
+            weight = weights[first]
+            if not weight.is_contiguous():
+                return f"{argument} is not a contiguous tensor"
+            if shape is not None and weight.numel() < math.prod(shape):
+                return f"{argument} is {tuple(weight.shape)}, which is a part of {shape} only (sharded, or cut)"
+    return None
+
+
 def bound(parts, weights) -> dict:
-    """The arguments of `warpdecode.Experts` that these weights are. Views, never copies."""
+    """The arguments of `warpdecode.Experts` that these weights are, which must fit. Views, never copies."""
     found = {}
     for argument, first, count, shape in parts:
         if count is not None:
@@ -59,8 +68,8 @@ class Form:
     takes_all_weights = False  # whether that takes a weight for every expert; then `call` says which count
 
     def against(self, module) -> str | None:
-        """The reason why the kernels can never serve the module, whatever its weights; None when they may."""
-        return None
+        """The reason why the kernels cannot serve the module as it is now, whatever its weights; None when they may."""
+        return state.against(module, self.names(module), tuple(state.below(module)))
 
     def names(self, module) -> tuple[str, ...]:
         """The names of the weights."""
@@ -77,16 +86,16 @@ class Form:
         weights = tuple(map(module._parameters.get, names))
         for weight in weights:
             if weight is None:
-                return tuple([getattr(module, name, None) for name in names]), False
+                return tuple([computed(module, name) for name in names]), False
         return weights, not on_loan(module)
 
     def arguments(self, module) -> dict:
         """What `warpdecode.Experts` is told about the layout."""
         return {}
 
-    def structure(self, module) -> tuple:
-        """What besides the weights was looked at: while it is the same objects, so is the gate."""
-        return (module._modules.get("act_fn"), module.__dict__.get("act_fn"))  # a module, or a plain function
+    def state(self, module) -> tuple:
+        """What besides the weights was looked at: while it `state.holds`, so does what was found."""
+        return state.taken(module)
 
     def watch(self, module, weights):
         """Where looking at the weights and the structure anew takes long: an object whose `sees_no_change()` says
@@ -97,8 +106,13 @@ class Form:
         """(gates, ups) -> what the module makes of them."""
         raise NotImplementedError
 
-    def difference(self, module, experts) -> str | None:
-        """The reason when the module's own forward, on a probe, is not what `experts` compute."""
+    def difference(self, module, experts) -> tuple[str | None, bool]:
+        """(the reason when the module's own forward, on a probe, is not what `experts` compute; whether it would not be
+        with other weights either)."""
+        return None, False
+
+    def changed(self, module) -> str | None:
+        """The reason when what is computed around the experts is not what it was when this form was found."""
         return None
 
     def experts_and_identities(self, module) -> tuple[int, int]:
@@ -126,7 +140,7 @@ class Interface(Form):
             return "its weights are block-scaled FP8 (or FP4), and there is no kernel for them"
         if getattr(module, "has_post_expert_norm", False):
             return "it normalises each expert's output (has_post_expert_norm=True)"
-        return None
+        return super().against(module)
 
     def names(self, module):
         first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
@@ -178,6 +192,15 @@ class Unknown(Form):
 INTERFACE = Interface()
 
 
+def computed(module: torch.nn.Module, name: str):
+    """A weight that is no plain parameter: what a parametrization computes, a buffer; None where there is none."""
+    # Asked of the class first: torch.compile would run a parametrization to see whether the module has it.
+    owners = module.__dict__, module._parameters, module._buffers
+    if hasattr(type(module), name) or any([name in owner for owner in owners]):
+        return getattr(module, name)
+    return None
+
+
 def own_method(module: torch.nn.Module, seam: str = "forward"):
     """The function of the module's own class, patched or not."""
     return getattr(getattr(type(module), BASE, type(module)), seam)
@@ -192,11 +215,6 @@ def is_dispatched(module: torch.nn.Module) -> bool:
 def is_fp8(module: torch.nn.Module) -> bool:
     """Whether this is one of transformers' FP8 experts, which have an experts interface of their own."""
     return FP8Experts is not None and isinstance(module, FP8Experts)
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether hooks of torch's are called around the module's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def on_loan(module: torch.nn.Module) -> bool:

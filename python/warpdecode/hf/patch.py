@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import torch
 
 from .config import PatchedConfig, Policy, WarpDecodeFallbackError, warn
-from .explain import moe_modules
-from .forms import is_dispatched
+from .forms import Form, is_dispatched
 from .forward import enter_registries, own_path_name
-from .layer import SLOT, Layer, look_at
-from .replaced import POLICY, forward_against, is_replaced, replace, restore
+from .found import moe_modules
+from .layer import Layer, look_at
+from .replaced import forward_against, is_replaced, replace, restore
+from .state import POLICY, SLOT
 
 
 def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
@@ -30,12 +31,12 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
     Patching again is the same as patching once, with the new `strict`. Undone by `unpatch`.
     """
     enter_registries()
-    found = [module for _, module in moe_modules(model)]
+    found = [(module, form) for _, module, form in moe_modules(model)]
     if not found:
         _nothing(f"{type(model).__name__} has no Mixture-of-Experts layers that could be patched", strict)
         return model
     policy = Policy(strict)
-    layers = [(module, *_looked_at(module)) for module in found]
+    layers = [(module, *_looked_at(module, form)) for module, form in found]
     if all(layer.reason is not None for _, layer, _ in layers):
         reasons = {(type(module).__name__, layer.reason) for module, layer, _ in layers}
         _nothing(
@@ -103,8 +104,8 @@ def _put_back(model, replaced) -> None:
                 module.__dict__.pop(SLOT, None)
 
 
-def _looked_at(module) -> tuple[Layer, bool]:
-    layer, kept = look_at(module)
+def _looked_at(module, form: Form) -> tuple[Layer, bool]:
+    layer, kept = look_at(module, form, anew=True)
     reason = forward_against(module)
     if reason is not None:
         layer.reason, layer.never = reason, True

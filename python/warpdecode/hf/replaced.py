@@ -12,10 +12,10 @@ import torch
 
 from . import blocks, compiled
 from .config import Policy
-from .forms import BASE, FORM, INSTANCE_FORWARDS, Form, is_dispatched, own_method
+from .forms import Form, is_dispatched, own_method
 from .forward import prepared
+from .state import BASE, FORM, INSTANCE_FORWARDS, POLICY
 
-POLICY = "_warpdecode_policy"  # in module.__dict__, and there only while the module is patched
 OWN_PATH = "its own forward"
 
 

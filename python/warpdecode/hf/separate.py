@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import Linear
 
-from . import blocks
+from . import blocks, state
 from .expert import roles_of, through
-from .forms import INSTANCE_FORWARDS, Form, Part, Unknown, has_hooks, own_method
+from .forms import Form, Part, Unknown, own_method
+from .probing import changed, double, noted, probing
+from .state import has_hooks, own_forward
 
 _LINEARS = 3
+_DECISIVE = (bool, float, str)
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ class Separate(Form):
         arguments += [of_bias[role] for role in self.biased]
         return tuple([Part(argument, i * self.routed, self.routed) for i, argument in enumerate(arguments)])
 
-    def structure(self, module):
-        modules = _with_children(module._modules["experts"]._modules.values())
-        return (any(map(has_hooks, modules)), *modules, *map(type, modules))
+    def state(self, module):
+        return state.taken(module, "experts")
+
+    def changed(self, module):
+        now = find(module)
+        return None if now == self else now.reason if isinstance(now, Unknown) else blocks.CHANGED
 
     def watch(self, module, weights):
         return _Watch(self, module, weights)
@@ -101,15 +107,27 @@ class _Watch:
         self._modules = _with_children(members.values())
         self._types = list(map(type, self._modules))
         self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._own = state.taken(module, whole=False)
+        self._attributes = [each.__dict__ for each in self._modules]
+        self._number = sum(map(len, self._attributes))  # a forward on an instance is one more
+        self._plain = [
+            (attributes, name, value)
+            for each, attributes in zip(self._modules, self._attributes, strict=True)
+            if type(each) is not Linear
+            for name, value in _plain(each).items()
+        ]
         self._parameters = [
             (name, [each._parameters for each in linears[first * form.routed : (first + 1) * form.routed]])
             for name, roles in (("weight", form.roles), ("bias", form.biased))
             for first in map(form.roles.index, roles)
         ]
 
-    def sees_no_change(self) -> bool:
+    def sees_no_change(self, module) -> bool:
         return (
             self._block["experts"] is self._experts
+            and state.holds(self._own, module)
+            and sum(map(len, self._attributes)) == self._number
+            and all([attributes.get(name) is value for attributes, name, value in self._plain])
             and self._children == self._known
             and list(map(type, self._modules)) == self._types
             and not any(self._hooks)
@@ -166,15 +184,17 @@ def _mixed(members) -> str | None:
             return reason
     if sum(type(child) is Linear for child in first._modules.values()) != _LINEARS:
         return f"its experts, {type(first).__name__}, are not three Linears (gate, up and down) and an activation"
+    for name in (*first._parameters, *first._buffers):  # its others are of the same class
+        return f"its experts have {name}, which the kernels would not read"
     return None
 
 
 def _member_against(i: int, member, first) -> str | None:
     if type(member) is not type(first) or list(member._modules) != list(first._modules):
         return f"its expert {i} is a {type(member).__name__} of other parts than expert 0, a {type(first).__name__}"
-    if _functions(member) != _functions(first):
-        return f"experts.{i} and experts.0 are not alike: they hold other functions"
-    if has_hooks(member) or _has_own_forward(member):
+    if _plain(member) != _plain(first):
+        return f"experts.{i} and experts.0 are not alike: they hold other functions or numbers"
+    if has_hooks(member) or own_forward(member) is not None:
         return f"experts.{i} has hooks or a forward of its own, which would not be called"
     for name, child in member._modules.items():
         reason = None if child is None else _child_against(f"experts.{i}.{name}", child)
@@ -185,14 +205,14 @@ def _member_against(i: int, member, first) -> str | None:
     return None
 
 
-def _functions(member) -> dict:
-    """The functions that an expert holds as plain attributes, an activation of torch.nn.functional among them."""
-    return {name: value for name, value in vars(member).items() if callable(value) and name not in INSTANCE_FORWARDS}
-
-
-def _has_own_forward(module) -> bool:
-    # Hooks of device_map wrap `forward`, too; what they bring to a call is seen by its weights.
-    return "forward" in vars(module) and "_hf_hook" not in vars(module)
+def _plain(module) -> dict:
+    """What decides what an expert or an activation computes, as plain attributes: functions (an activation of
+    torch.nn.functional among them), numbers that are no sizes, words."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if (callable(value) or type(value) in _DECISIVE) and name not in (*state.OTHERS, "training", "forward")
+    }
 
 
 def _alike(child, other) -> bool:
@@ -201,13 +221,13 @@ def _alike(child, other) -> bool:
         return child is other
     if isinstance(child, Linear):
         return (child.bias is None) == (other.bias is None)
-    return next(child.buffers(), None) is None and vars(child) == vars(other)
+    return vars(child) == vars(other)
 
 
 def _child_against(name: str, child) -> str | None:
-    if has_hooks(child) or _has_own_forward(child):
+    if has_hooks(child) or own_forward(child) is not None:
         return f"{name} has hooks or a forward of its own, which would not be called"
-    if type(child) is not Linear and (isinstance(child, Linear) or next(child.parameters(), None) is not None):
+    if type(child) is not Linear and (isinstance(child, Linear) or child._parameters or child._buffers):
         return f"{name} is a {type(child).__name__}, not a plain torch.nn.Linear"
     return None
 
@@ -223,7 +243,6 @@ def _moe_against(module) -> str | None:
     if isinstance(hidden_states, str):
         return hidden_states
     stand_ins = blocks.SeparateModules()
-    double = blocks.twin(module, stand_ins.put_in(module._modules["experts"]))
     tokens = hidden_states.view(-1, hidden_states.shape[-1])
     calls = []
 
@@ -231,12 +250,17 @@ def _moe_against(module) -> str | None:
         calls.append(call)
         return torch.zeros_like(call[0])
 
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    with probing(tokens.device):
+        twin = double(module, experts=stand_ins.put_in(module._modules["experts"]))
+        twin.__dict__["moe"] = record
         try:
-            double.__dict__["moe"] = record
-            type(module).forward(double, hidden_states.clone())
+            type(module).forward(twin, hidden_states.clone())
             ((_, ids, weights),) = calls
-            got = own_method(module, "moe")(double, tokens, ids, weights)
+            before = noted(twin)  # what forward changes it will change; what the method does would be lost
+            got = own_method(module, "moe")(twin, tokens, ids, weights)
+            left = changed(before)
+            if left is not None:
+                return blocks.BESIDES.format(left)
             if torch.equal(got, stand_ins.routed(tokens, ids, weights)):
                 return None
         except Exception as error:  # whatever a foreign method raises
