@@ -3,6 +3,10 @@
 import torch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.nn.modules import module
+
+# Hooks that torch calls around every module of the process.
+GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
 PLAIN = frozenset({torch.Tensor, Parameter})
 
@@ -47,6 +51,9 @@ def call_against(names, parameters, inputs) -> str | None:
         )
     if hidden_states.dim() != 2 or ids.dim() != 2:
         return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
+    if ids.shape != weights.shape:
+        shapes = f"{tuple(ids.shape)} and top_k_weights {tuple(weights.shape)}"
+        return f"top_k_index is {shapes}: not a weight for every id, and the kernels take no other"
     device_type = first.device.type
     return _autocast_against(first.dtype, device_type) if torch.is_autocast_enabled(device_type) else None
 

@@ -10,7 +10,7 @@ import ctypes
 import torch
 
 from .call import block_call_against, call_against
-from .config import policies
+from .config import WarpDecodeFallbackError, policies
 from .forms import INTERFACE
 from .found import form_of
 from .layer import experts_of, kinds_of, look_at, weights_against
@@ -44,7 +44,7 @@ def serve(module, inputs, caller) -> torch.Tensor:
     """What `forward.serve` does, in steps that torch.compile can trace."""
     reason, run = prepared(module, inputs)
     if reason is not None:
-        report(caller.key(module), type(module).__name__, caller.own_name(module), reason)
+        say(caller.key(module), type(module).__name__, caller.own_name(module), reason)
         return caller.own_path(module)(module, *inputs)
     return run(*inputs)
 
@@ -94,6 +94,17 @@ def _look_at(address: int) -> tuple[str | None, str, tuple]:
 
 
 @torch.compiler.assume_constant_result
-def report(key: str, class_name: str, own_path: str, reason: str) -> None:
-    """Says, or raises, by the policy of this key."""
-    policies[key].report(class_name, own_path, reason)
+def _report(key: str, class_name: str, own_path: str, reason: str) -> str | None:
+    try:
+        policies[key].report(class_name, own_path, reason)
+    except WarpDecodeFallbackError as error:
+        return str(error)
+    return None
+
+
+def say(key: str, class_name: str, own_path: str, reason: str) -> None:
+    """Says, or raises, by the policy of this key. Raised in code that is traced: torch.compile then leaves the frame to
+    Python, which raises it again, and with fullgraph=True says that it could not trace it, with our sentence."""
+    error = _report(key, class_name, own_path, reason)
+    if error is not None:
+        raise WarpDecodeFallbackError(error)

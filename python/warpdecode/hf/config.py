@@ -65,10 +65,10 @@ class PatchedConfig:
 
     __slots__ = ("__weakref__", "_experts_implementation", "inner", "policy")
 
-    def __init__(self, inner, policy: Policy):
+    def __init__(self, inner, policy: Policy, name: str = NAME):
         object.__setattr__(self, "inner", inner)
         object.__setattr__(self, "policy", policy)
-        object.__setattr__(self, "_experts_implementation", NAME)
+        object.__setattr__(self, "_experts_implementation", name)
 
     def __getattr__(self, name):
         return getattr(self.inner, name)

@@ -4,27 +4,35 @@ from collections.abc import Callable
 
 from .config import ModelPolicies
 from .forward import report_fp8, serve
-from .registries import FORWARD, FP8_FORWARD, demand_interface
+from .registries import ALL_EXPERTS_FUNCTIONS, FORWARD, FP8_FORWARD, demand_interface
 
 REPLACED = "batched_mm"
 
+_calls: list["DecodeAcceleration"] = []  # whose acceleration goes on, the last one's `strict` counting
+
 
 class DecodeAcceleration:
-    """What `accelerate_decode` returned: `undo()` ends the acceleration; as a context manager its end puts back what
-    was before the call (nothing, or an acceleration with its own `strict`)."""
+    """What `accelerate_decode` returned: `undo()` ends the acceleration; as a context manager its end ends this call's
+    alone, and what an earlier call began goes on with its own `strict`. A handle serves once: entered after its end it
+    raises RuntimeError."""
 
-    def __init__(self, before: bool | None):
-        self._before = before  # the strict of the acceleration that was on at the call; None: none was
+    def __init__(self, strict: bool):
+        self.strict = strict
 
     def undo(self) -> None:
-        """Puts transformers' own functions back. Does nothing when that was done already."""
+        """Puts transformers' own functions back, whoever's call it was. Does nothing when that was done already."""
+        _calls.clear()
         _switch(None)
 
     def __enter__(self) -> "DecodeAcceleration":
+        if self not in _calls:
+            raise RuntimeError("warpdecode: this acceleration has ended; call accelerate_decode() again")
         return self
 
     def __exit__(self, *exception) -> None:
-        _switch(self._before)
+        if self in _calls:  # not undone inside
+            _calls.remove(self)
+            _switch(_calls[-1].strict if _calls else None)
 
     def __repr__(self) -> str:
         return f"<warpdecode.hf.accelerate_decode(): {'off' if is_on() is None else 'on'}>"
@@ -44,15 +52,21 @@ def accelerate_decode(*, strict: bool = False) -> DecodeAcceleration:
     Calling it again changes `strict` and nothing else. Undone by the returned handle: `undo()`, or the end of `with`.
     """
     demand_interface("accelerate_decode()", "5.0")
-    before = is_on()
+    call = DecodeAcceleration(strict)
+    _calls.append(call)
     _switch(strict)
-    return DecodeAcceleration(before)
+    return call
 
 
 def is_on() -> bool | None:
     """None when the acceleration is off, otherwise its `strict`."""
     function = FORWARD.get(REPLACED)
     return function.strict if isinstance(function, _InPlaceOf) else None
+
+
+def is_hidden() -> bool:
+    """Whether another function is set under the name on transformers' interface object itself, which goes first."""
+    return not isinstance(ALL_EXPERTS_FUNCTIONS[REPLACED], _InPlaceOf)
 
 
 def _switch(strict: bool | None) -> None:

@@ -90,7 +90,7 @@ def _row(name: str, module: torch.nn.Module, form: Form) -> LayerRow:
 
 def _verdict(module, form, weights) -> tuple[str, str]:
     own = own_path_name(module)
-    against = forward_against(module) or look_at(module, form)[0].reason
+    against = look_at(module, form)[0].reason or forward_against(module)
     if against is not None:
         return own, against
     if is_replaced(module):
@@ -101,6 +101,8 @@ def _verdict(module, form, weights) -> tuple[str, str]:
         how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
     elif decode.is_on() is None:
         return own, "it is not patched; the kernels can serve it"
+    elif decode.is_hidden():
+        return own, "accelerate_decode() is on, but ALL_EXPERTS_FUNCTIONS has another batched_mm set on itself"
     elif own == decode.REPLACED:
         how = f"accelerate_decode() takes the place of {own}"
     else:

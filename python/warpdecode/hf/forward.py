@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from . import compiled
-from .call import block_call_against, call_against, watched
+from .call import GLOBAL_HOOKS, block_call_against, call_against, watched
 from .config import NAME, Policy, own_implementation, policy_key, policy_of
 from .forms import INTERFACE, is_dispatched
 from .layer import Layer, layer_of
@@ -17,17 +17,20 @@ from .registries import (
     NAMES_ARE_OPEN,
     VERSION,
     demand_interface,
+    as_written,
     implementation,
 )
 
 
 def register() -> None:
-    """Makes "warp_decode" a valid experts implementation of transformers.
+    """Makes "warp_decode" a valid experts implementation of transformers, in this process: one that loads such a model
+    (torch.load) or its config calls this first, or transformers raises a KeyError.
 
     After this `from_pretrained(..., experts_implementation="warp_decode")`, `from_config(...)` likewise and
     `model.set_experts_implementation("warp_decode")` work. May be called more than once. Used by name, a layer that
     cannot be served takes grouped_mm, the path transformers chooses by default, and says so once; `patch` offers
-    `strict` and keeps the path the model had.
+    `strict` and keeps the path the model had. A class outside transformers' experts interface (Llama 4, DBRX, LongCat)
+    asks for no implementation: of a name it takes no notice, and nothing is said. `patch` serves these.
 
     Raises RuntimeError with transformers before 5.7, which accepts no names but its own.
     """
@@ -89,8 +92,7 @@ class _Configured:
 
     @staticmethod
     def own_path(module):
-        # __wrapped__ is the class's forward as it was written, which transformers' decorator keeps for "eager".
-        return implementation(own_implementation(module), type(module).forward.__wrapped__)
+        return implementation(own_implementation(module), as_written(type(module)))
 
 
 _CONFIGURED = _Configured()
@@ -113,6 +115,8 @@ def prepared(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     when a block makes the others itself."""
     if torch.compiler.is_compiling():
         return compiled.prepared(module, inputs)
+    if any(GLOBAL_HOOKS):
+        return "a hook of all modules is registered with torch, and would not see those within the experts", None
     reason, layer = _ready(module, inputs)
     return reason, None if reason is not None else lambda *call: _run(layer, call)
 
@@ -147,7 +151,7 @@ def fp8_experts_forward(self: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
 def report_fp8(module: torch.nn.Module, caller: Caller, own_name: str) -> None:
     """Says that the module's FP8 experts are not served."""
     if torch.compiler.is_compiling():
-        compiled.report(caller.key(module), type(module).__name__, own_name, INTERFACE.against(module))
+        compiled.say(caller.key(module), type(module).__name__, own_name, INTERFACE.against(module))
     else:
         caller.policy(module).report(type(module).__name__, own_name, INTERFACE.against(module))
 

@@ -92,7 +92,7 @@ class Layer:
             self.before = previous.before if known is previous else previous.without_weights(forgetting=True)
         self._describe(module, weights, known)
         self.never = self.settled
-        if self.settled and module.training:
+        if self.settled and module.training and form.against(module) is None:
             other = Layer(double(module), weights, form)
             if other.reason is None:
                 self.never = False

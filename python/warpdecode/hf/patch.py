@@ -106,7 +106,7 @@ def _put_back(model, replaced) -> None:
 
 def _looked_at(module, form: Form) -> tuple[Layer, bool]:
     layer, kept = look_at(module, form, anew=True)
-    reason = forward_against(module)
+    reason = None if layer.never else forward_against(module)
     if reason is not None:
         layer.reason, layer.never = reason, True
     return layer, kept

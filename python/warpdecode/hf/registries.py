@@ -17,6 +17,8 @@ try:
 except ImportError:  # before 5.7 this module needs Triton
     ALL_FP8_EXPERTS_FUNCTIONS = FP8Experts = None
 
+_DECORATOR = getattr(ExpertsInterface, "__module__", None)  # where it is defined
+
 # Since 5.7 transformers accepts every name that a registry has; before, a fixed list of its own.
 NAMES_ARE_OPEN = tuple(int(part) for part in VERSION.split(".")[:2]) >= (5, 7)
 
@@ -33,6 +35,16 @@ def demand_interface(what: str, since: str) -> None:
             f"warpdecode: {what} needs transformers' experts interface, which transformers {VERSION} does not have; "
             f"{since} and newer do. warpdecode.hf.patch(model) works with this one."
         )
+
+
+def as_written(experts_class: type) -> Callable:
+    """The class's forward as it was written, which transformers' decorator keeps for "eager". Of a subclass with a
+    decorated forward of its own that is what its base class has, which it calls."""
+    for each in experts_class.__mro__:
+        forward = vars(each).get("forward")
+        if getattr(forward, "__globals__", {}).get("__name__") == _DECORATOR:
+            return forward.__wrapped__
+    return experts_class.forward.__wrapped__
 
 
 def implementation(name: str | None, default: Callable) -> Callable:

@@ -10,7 +10,7 @@ import types
 
 import torch
 
-from . import blocks, compiled
+from . import asking, blocks, compiled
 from .config import Policy
 from .forms import Form, is_dispatched, own_method
 from .forward import prepared
@@ -52,9 +52,14 @@ def _is_bound(function, module, owner: type) -> bool:
 
 
 def forward_against(module: torch.nn.Module) -> str | None:
-    """The reason why a class of ours would not be called: somebody put another forward on the instance."""
-    if is_dispatched(module) or is_replaced(module):
-        return None  # transformers asks for its implementation inside; what came after a patch calls ours
+    """The reason why a call of the module would not reach us: transformers is not asked for an implementation, or
+    somebody put another forward on the instance."""
+    if is_dispatched(module):
+        return asking.unanswered(module)
+    if is_replaced(module):
+        return None  # what came after a patch calls ours
+    if "parametrizations" in module._modules:
+        return "it is parametrized, and its class cannot be replaced now; patch it before, or remove_parametrizations"
     state = module.__dict__
     outer = state.get("_old_forward", state.get("forward"))
     if outer is None or _is_bound(outer, module, type(module)):
@@ -144,6 +149,6 @@ def _block(self, hidden_states, *others, **named):
 def _report(module, reason: str) -> None:
     policy = module.__dict__[POLICY]
     if torch.compiler.is_compiling():
-        compiled.report(policy.key, type(module).__name__, OWN_PATH, reason)
+        compiled.say(policy.key, type(module).__name__, OWN_PATH, reason)
     else:
         policy.report(type(module).__name__, OWN_PATH, reason)
