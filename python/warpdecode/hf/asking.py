@@ -1,5 +1,5 @@
-"""Whether a module that looks like one of transformers' experts interface asks it for an implementation at all: with a
-forward of a subclass, of the instance, or of a transformers that keeps the name elsewhere it may not. It is called once,
+"""Whether a module that looks like one of transformers' experts interface asks it for an implementation at all: the
+forward of a subclass, of the instance, or of a transformers that keeps the name elsewhere may not. It is called once,
 without tokens."""
 
 import threading

@@ -49,11 +49,8 @@ def call_against(names, parameters, inputs) -> str | None:
             f"top_k_index is {ids.dtype} and top_k_weights {weights.dtype}, not int32 or int64 and float32, bfloat16 "
             "or float16"
         )
-    if hidden_states.dim() != 2 or ids.dim() != 2:
-        return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
-    if ids.shape != weights.shape:
-        shapes = f"{tuple(ids.shape)} and top_k_weights {tuple(weights.shape)}"
-        return f"top_k_index is {shapes}: not a weight for every id, and the kernels take no other"
+    if hidden_states.dim() != 2 or ids.dim() != 2 or ids.shape != weights.shape:
+        return _shapes_against(hidden_states, ids, weights)
     device_type = first.device.type
     return _autocast_against(first.dtype, device_type) if torch.is_autocast_enabled(device_type) else None
 
@@ -88,6 +85,13 @@ def _unlike(hidden_states, first) -> str:
         f"hidden_states is {hidden_states.dtype} on {hidden_states.device} and the weights {first.dtype} on "
         f"{first.device}; they must be the same"
     )
+
+
+def _shapes_against(hidden_states, ids, weights) -> str:
+    if hidden_states.dim() != 2 or ids.dim() != 2:
+        return f"hidden_states has {hidden_states.dim()} dimensions and top_k_index {ids.dim()}, not 2 and 2"
+    shapes = f"{tuple(ids.shape)} and top_k_weights {tuple(weights.shape)}"
+    return f"top_k_index is {shapes}: not a weight for every id, and the kernels take no other"
 
 
 def _any_requires_grad(parameters) -> bool:

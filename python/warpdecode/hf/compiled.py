@@ -77,7 +77,7 @@ def _known(module, weights) -> tuple[str | None, str]:
     if described and holds_traced(layer.state, module):
         return layer.reason, layer.description
     reason, description, state = _look_at(id(module))
-    holds_traced(state, module)  # for the guards
+    holds_traced(state, module, compare=False)  # for the guards
     return reason, description
 
 

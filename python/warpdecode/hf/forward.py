@@ -16,8 +16,8 @@ from .registries import (
     FP8_FORWARD,
     NAMES_ARE_OPEN,
     VERSION,
-    demand_interface,
     as_written,
+    demand_interface,
     implementation,
 )
 

@@ -27,7 +27,8 @@ OTHERS = {
 _PARAMETRIZED = "parametrizations"  # where torch keeps what computes a parametrized weight
 
 # What torch.compile can hold a value of as a guard.
-_GUARDED = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_NUMBERS = (bool, int, float, str)
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -38,7 +39,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 def class_of(module: torch.nn.Module) -> type:
     """The module's own class, patched and parametrized or not."""
     kind = type(module)
-    if _PARAMETRIZED in module._modules:
+    if _PARAMETRIZED in module._modules and not isinstance(module, torch.nn.Linear):  # of an expert: no longer plain
         kind = kind.__mro__[1]
     return getattr(kind, BASE, kind)
 
@@ -73,7 +74,14 @@ def taken(module: torch.nn.Module, *within: str, whole: bool = True) -> tuple:
 def _entry(path, module) -> tuple:
     kind, state = class_of(module), module.__dict__
     if kind is torch.nn.Linear:  # of which a block has hundreds, and which is its weights
-        return path, kind, ("forward",), (state.get("forward"),), has_hooks(module), (("forward", None),)
+        return (
+            path,
+            kind,
+            ("forward",),
+            (state.get("forward"),),
+            has_hooks(module),
+            _guarded({"forward": state.get("forward")}),
+        )
     names = dict.fromkeys(name for name in state if name not in OTHERS)
     for each in kind.__mro__[: kind.__mro__.index(torch.nn.Module)]:
         names |= dict.fromkeys(name for name in vars(each) if not name.startswith("__"))
@@ -81,8 +89,15 @@ def _entry(path, module) -> tuple:
         names = {name: None for name in names if name not in INSTANCE_FORWARDS}
     names = ("training", *names)
     values = tuple([state.get(name) for name in names])
-    guarded = tuple([pair for pair in zip(names, values, strict=True) if type(pair[1]) in _GUARDED])
+    guarded = _guarded(dict(zip(names, values, strict=True)))
     return path, kind, names, values, bool(path) and has_hooks(module), guarded
+
+
+def _guarded(values: dict) -> tuple:
+    """What torch.compile can guard: (names without a value, names of functions, (name, number or word))."""
+    absent = tuple([name for name, value in values.items() if value is None])
+    functions = tuple([name for name, value in values.items() if type(value) in _FUNCTIONS])
+    return absent, functions, tuple([pair for pair in values.items() if type(pair[1]) in _NUMBERS])
 
 
 def holds(known: tuple, module: torch.nn.Module) -> bool:
@@ -100,11 +115,12 @@ def holds(known: tuple, module: torch.nn.Module) -> bool:
     return True
 
 
-def holds_traced(known: tuple, module: torch.nn.Module) -> bool:
+def holds_traced(known: tuple, module: torch.nn.Module, compare: bool = True) -> bool:
     """The same for torch.compile, which guards what is looked at here: so everything is, whatever the first says. A
-    hook that comes later it does not see, here or elsewhere."""
+    hook that comes later it does not see, here or elsewhere. Without `compare` functions are guarded alone: torch can
+    compare none with one that came as a constant."""
     same = True
-    for path, kind, _, _, hooked, guarded in known:
+    for path, kind, names, values, hooked, guarded in known:
         each = module
         for name in path:
             each = None if each is None else each._modules.get(name)
@@ -113,7 +129,15 @@ def holds_traced(known: tuple, module: torch.nn.Module) -> bool:
             continue
         if class_of(each) is not kind or (path and has_hooks(each) is not hooked):
             same = False
-        for name, value in guarded:
+        absent, functions, numbers = guarded
+        for name in absent:
+            if each.__dict__.get(name) is not None:
+                same = False
+        for name in functions:
+            now = each.__dict__.get(name)
+            if now is None or (compare and now is not values[names.index(name)]):
+                same = False
+        for name, value in numbers:
             if each.__dict__.get(name) != value:
                 same = False
     return same
