@@ -114,6 +114,35 @@ def test_on_the_gpu_an_adapted_layer_is_its_own_path_but_for_roundings(models):
     assert not torch.allclose(*seen, rtol=0.01, atol=0.01)
 
 
+def test_compiled(models):
+    plain, patched = models
+    torch._dynamo.reset()
+    compiled = torch.compile(patched, backend="aot_eager")
+    for seed in (4, 5):
+        for model in models:
+            _draw(model, seed)
+        with hf_models.counted_kernel_calls() as served:
+            torch.testing.assert_close(_logits(compiled), _logits(plain), **TOLERANCE)
+        assert served
+
+
+@pytest.mark.parametrize("order", ["patched before", "patched after"])
+def test_adapters_on_llama_4_s_experts_are_handed_back_by_their_name(order):
+    targets = [f"feed_forward.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=targets)
+    with pytest.warns(warpdecode.hf.WarpDecodeFallbackWarning, match="ParamWrapper"):
+        model = hf_outside.build("llama4")
+        if order == "patched before":
+            warpdecode.hf.patch(model, strict=True)
+            warpdecode.hf.patch(model)
+        model = peft.get_peft_model(model, config).eval()
+        _draw(model, 3)
+        if order == "patched after":
+            warpdecode.hf.patch(model)
+        got = _logits(model)
+    assert torch.equal(got, _logits(warpdecode.hf.unpatch(model)))
+
+
 def test_merged_adapters(models):
     before = _assert_alike(models)
     for model in models:

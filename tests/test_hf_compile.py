@@ -146,7 +146,7 @@ def test_what_cannot_be_served_takes_the_model_s_own_path_in_the_graph(how, case
 def test_it_raises_under_strict(graphs):
     layer = warpdecode.hf.patch(hf_models.experts_layer(), strict=True)
     layer.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="Qwen3MoeExperts cannot be served: gradients are needed"):
+    with pytest.raises(WarpDecodeFallbackError, match="Qwen3MoeExperts cannot be served: gradients are needed"):
         torch.compile(layer, backend=graphs)(*hf_models.layer_inputs())
 
 

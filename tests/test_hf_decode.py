@@ -118,6 +118,28 @@ def test_a_scope_ends_with_what_was_before_it():
     outer.undo()
 
 
+def test_handles_that_end_in_another_order_and_twice():
+    model = _model()
+    first, second = warpdecode.hf.accelerate_decode(), warpdecode.hf.accelerate_decode()
+    first.__exit__()
+    assert _served(model)
+    second.__exit__()
+    assert not _served(model)
+    with pytest.raises(RuntimeError, match=r"this acceleration has ended; call accelerate_decode\(\) again"), first:
+        pass
+
+
+def test_explain_sees_another_batched_mm_on_the_interface_itself():
+    model = _model().requires_grad_(False)
+    with warpdecode.hf.accelerate_decode():
+        ALL_EXPERTS_FUNCTIONS["batched_mm"] = lambda *call: None
+        try:
+            row = warpdecode.hf.explain(model)[0]
+        finally:
+            del ALL_EXPERTS_FUNCTIONS["batched_mm"]
+    assert row.path == "batched_mm" and "another batched_mm set on itself" in row.reason
+
+
 def test_what_somebody_else_registered_meanwhile_is_left_alone():
     def theirs(*args):
         raise AssertionError

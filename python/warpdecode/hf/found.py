@@ -1,5 +1,6 @@
 """Which form a module's experts have."""
 
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +49,9 @@ def _form_of_block(module) -> Form | None:
 
 def _looks_like_experts(module) -> bool:
     """By its name or its weights, and because tokens come to it with a routing: shared experts take none."""
-    if next(module.parameters(), None) is None or stacked.arguments(module) < 2:
+    taken = inspect.signature(type(module).forward).parameters.values()
+    routed = len(taken) > 2 or any(each.kind is each.VAR_POSITIONAL for each in taken)  # the module, the tokens, more
+    if not routed or next(module.parameters(), None) is None:
         return False
     if hasattr(type(module), FORM) or type(module).__name__.endswith("Experts"):
         return True

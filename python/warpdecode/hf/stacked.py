@@ -23,17 +23,17 @@ _SPREAD, _CROWD = 8, 24  # tokens of a probe for many experts, and all for the s
 
 def find(module: torch.nn.Module) -> Form | None:
     """The form of an experts module, or of a block around experts that take no ids; None: none of these."""
-    if has_tensors(module, "gate_up_proj", "down_proj") and arguments(module) == 3:
+    if has_tensors(module, "gate_up_proj", "down_proj") and _arguments(module) == 3:
         return STACKED
     inner = module._modules.get("mlp")
-    if inner is not None and has_tensors(inner, "w1", "v1", "w2") and arguments(module) == 3:
+    if inner is not None and has_tensors(inner, "w1", "v1", "w2") and _arguments(module) == 3:
         return FLAT
     inner = module._modules.get("experts")
     if inner is not None and _is_adapted(inner):
         return Unknown(
             f"its experts are within a {type(inner).__name__}, an adapter's; they are served when it is merged"
         )
-    if inner is not None and has_tensors(inner, "gate_up_proj", "down_proj") and arguments(inner) == 1:
+    if inner is not None and has_tensors(inner, "gate_up_proj", "down_proj") and _arguments(inner) == 1:
         recipe = blocks.find(module, blocks.WeightedTokens())
         return Unknown(recipe) if isinstance(recipe, str) else WeightedBlock(recipe)
     return None
@@ -44,14 +44,14 @@ def _is_adapted(module) -> bool:
     inside = module
     while "base_layer" in inside._modules:
         inside = inside._modules["base_layer"]
-    return inside is not module and has_tensors(inside, "gate_up_proj", "down_proj") and arguments(inside) == 1
+    return inside is not module and has_tensors(inside, "gate_up_proj", "down_proj") and _arguments(inside) == 1
 
 
 def has_tensors(module, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), torch.Tensor) for name in names)
 
 
-def arguments(module) -> int:
+def _arguments(module) -> int:
     """How many arguments its forward takes."""
     return len(inspect.signature(type(module).forward).parameters) - 1
 
