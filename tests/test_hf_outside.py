@@ -327,6 +327,12 @@ HANDED_BACK = {"AriaExperts", "JetMoeParallelExperts", "NllbMoeExperts", "Switch
 ALWAYS_DENSE = {"InklingSharedExperts"}  # shared experts: nothing is routed
 
 
+def test_copies_have_the_class_of_their_original():
+    model = warpdecode.hf.patch(hf_outside.build("longcat_flash"), strict=True)
+    for twin, module in zip(copy.deepcopy(model).modules(), model.modules(), strict=True):
+        assert type(twin) is type(module)
+
+
 def test_no_other_class_of_experts_is_outside():
     found = set()
     for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):

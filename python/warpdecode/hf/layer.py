@@ -76,8 +76,8 @@ class Layer:
     because compiled code can hold strings. `before` is what was known in another state, such as eval mode."""
 
     __slots__ = (
-        "__weakref__", "before", "description", "experts", "form", "gate", "kinds", "lists", "names", "never", "parts",
-        "reason", "settled", "state", "watch",
+        "__weakref__", "before", "cut", "description", "experts", "form", "gate", "kinds", "lists", "names", "never",
+        "parts", "reason", "settled", "state", "watch",
     )  # fmt: skip
 
     def __init__(self, module, weights, form: Form, previous: "Layer | None" = None):
@@ -120,6 +120,7 @@ class Layer:
         self.reason = unfit(self.parts, weights)
         if self.reason is not None:
             return
+        self.cut = any([part.shape is not None for part in self.parts])
         self.lists = weights if any([part.count is not None for part in self.parts]) else None
         arguments = self.gate.arguments | self.form.arguments(module)
         self.description = json.dumps({"parts": self.parts, "arguments": arguments}, sort_keys=True)
@@ -152,7 +153,7 @@ class Layer:
         kept.form, kept.names, kept.parts = self.form, self.names, self.parts
         kept.never, kept.settled = self.never, self.settled
         kept.kinds, kept.reason, kept.experts = self.kinds, self.reason, None
-        kept.lists = kept.watch = None
+        kept.lists = kept.watch = kept.cut = None
         return kept
 
     def still_describes(self, module, weights) -> bool:
@@ -166,10 +167,12 @@ class Layer:
             # Hundreds of parameters, which are the library's arguments themselves: it looks at their memory in a call.
             return _same(weights, self.lists)
         for weight in weights:
-            if type(weight) not in PLAIN:
+            # The library compares addresses, shapes and dtypes: a transposed view may have the same.
+            if type(weight) not in PLAIN or not weight.is_contiguous():
                 return False
-        # The library compares addresses, shapes and dtypes: a transposed view may have the same.
-        return unfit(self.parts, weights) is None and self.experts.matches(**bound(self.parts, weights))
+        if self.cut and unfit(self.parts, weights) is not None:
+            return False
+        return self.experts.matches(**bound(self.parts, weights))
 
 
 def _known(module, previous: Layer | None) -> Layer | None:

@@ -8,6 +8,7 @@ and the routing is one of `blocks.ROUTINGS`.
 
 import inspect
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -227,9 +228,15 @@ def _alike(child, other) -> bool:
 def _child_against(name: str, child) -> str | None:
     if has_hooks(child) or own_forward(child) is not None:
         return f"{name} has hooks or a forward of its own, which would not be called"
-    if type(child) is not Linear and (isinstance(child, Linear) or child._parameters or child._buffers):
+    if type(child) is not Linear and (isinstance(child, Linear) or next(_held(child), None) is not None):
         return f"{name} is a {type(child).__name__}, not a plain torch.nn.Linear"
     return None
+
+
+def _held(child) -> Iterator[torch.Tensor]:
+    """What an activation has of parameters and buffers, which the kernels would not read."""
+    yield from child.parameters()
+    yield from child.buffers()
 
 
 def _has_moe(module) -> bool:

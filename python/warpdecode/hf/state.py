@@ -108,9 +108,11 @@ def holds(known: tuple, module: torch.nn.Module) -> bool:
             each = each._modules.get(name)
             if each is None:
                 return False
-        if class_of(each) is not kind or not all(map(operator.is_, map(each.__dict__.get, names), values)):
+        if (type(each) is not kind and class_of(each) is not kind) or not all(
+            map(operator.is_, map(each.__dict__.get, names), values)
+        ):
             return False
-        if path and has_hooks(each) is not hooked:
+        if path and bool(each._forward_hooks or each._forward_pre_hooks) is not hooked:
             return False
     return True
 
