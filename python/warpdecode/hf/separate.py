@@ -111,12 +111,13 @@ class _Watch:
         self._own = state.taken(module, whole=False)
         self._attributes = [each.__dict__ for each in self._modules]
         self._number = sum(map(len, self._attributes))  # a forward on an instance is one more
-        self._plain = [
+        plain = [
             (attributes, name, value)
             for each, attributes in zip(self._modules, self._attributes, strict=True)
             if type(each) is not Linear
             for name, value in _plain(each).items()
         ]
+        self._plain, self._values = ([p[0] for p in plain], [p[1] for p in plain]), [p[2] for p in plain]
         self._parameters = [
             (name, [each._parameters for each in linears[first * form.routed : (first + 1) * form.routed]])
             for name, roles in (("weight", form.roles), ("bias", form.biased))
@@ -128,7 +129,7 @@ class _Watch:
             self._block["experts"] is self._experts
             and state.holds(self._own, module)
             and sum(map(len, self._attributes)) == self._number
-            and all([attributes.get(name) is value for attributes, name, value in self._plain])
+            and all(map(operator.is_, map(dict.get, *self._plain), self._values))
             and self._children == self._known
             and list(map(type, self._modules)) == self._types
             and not any(self._hooks)
