@@ -217,7 +217,7 @@ def test_shared_experts_are_no_layer():
             super().__init__()
             self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(2, 8, 8)) for _ in range(2))
 
-        def forward(self, hidden_states):
+        def forward(self, hidden_states, gammas):
             return hidden_states
 
     model = nn.ModuleList([SharedExperts(), hf_models.experts_layer("grouped_mm")])

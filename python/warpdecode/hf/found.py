@@ -50,7 +50,8 @@ def _form_of_block(module) -> Form | None:
 def _looks_like_experts(module) -> bool:
     """By its name or its weights, and because tokens come to it with a routing: shared experts take none."""
     taken = inspect.signature(type(module).forward).parameters.values()
-    routed = len(taken) > 2 or any(each.kind is each.VAR_POSITIONAL for each in taken)  # the module, the tokens, more
+    # The module, the tokens, ids and weights; JetMoE's take expert sizes in their place, shared experts at most gains.
+    routed = len(taken) > 3 or any(each.kind is each.VAR_POSITIONAL or "expert" in each.name for each in taken)
     if not routed or next(module.parameters(), None) is None:
         return False
     if hasattr(type(module), FORM) or type(module).__name__.endswith("Experts"):
