@@ -10,9 +10,9 @@ from transformers import CompileConfig, GenerationConfig
 import cases
 import hf_models
 import warpdecode.hf
+from warpdecode.description import ACTIVATIONS
 from warpdecode.hf import WarpDecodeFallbackError, WarpDecodeFallbackWarning
 from warpdecode.hf.layer import cuda_serves
-from warpdecode.ops import ACTIVATIONS
 
 
 @pytest.fixture

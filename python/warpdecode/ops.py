@@ -5,7 +5,7 @@ from __future__ import annotations
 from warpdecode import threads
 from warpdecode._ffi import OK, check, ffi, lib, new_struct
 from warpdecode.build_info import kernels
-from warpdecode.description import ACTIVATIONS, Description, struct_fields  # noqa: F401 - tests know ACTIVATIONS here
+from warpdecode.description import Description, struct_fields
 from warpdecode.frameworks import adapter_of
 from warpdecode.slots import Slot
 
