@@ -130,6 +130,10 @@ CHANGES = {
     ),
     "the forward of DBRX's experts": (lambda: test_hf_outside._built("dbrx"), lambda m: _doubled_mlp(m.mlp), False),
 }
+# What is put on an instance beside what it had.
+ON_INSTANCES = {
+    name for name in CHANGES if "forward" in name or name in ("a gate on the instance", "one Linear's class")
+}
 
 
 def _doubled_mlp(mlp) -> None:
@@ -153,6 +157,8 @@ def test_it_is_followed_or_handed_back(name, how):
     build, change, followed = CHANGES[name]
     if "hook" in name and (how == "compiled before the change" or ("Linear" in name and how == "compiled")):
         pytest.skip("torch.compile looks at no hook that comes later, nor at that of one expert of many")
+    if torch.__version__ < (2, 13) and how == "compiled before the change" and name in ON_INSTANCES:
+        pytest.skip("this torch guards nothing that a module's attributes lack")
     if "dropout" in name and how != "eager":
         pytest.skip("other random numbers when compiled")
     torch._dynamo.reset()

@@ -31,8 +31,8 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
     The modules are run on probes to see what they compute, on copies without their hooks. A number, an activation or a
     forward that is changed later is seen by the next call; what lies within an attribute's value (a list, a config) is
     not. Experts with hooks or forwards of instances within them, or parameters besides the weights, are not served.
-    torch.compile sees no hook that comes after it compiled; under `fullgraph=True` it raises an error of its own where
-    strict=True forbids the model's own path.
+    torch.compile sees no hook that comes after it compiled, before torch 2.13 nor a method that is put on an instance;
+    under `fullgraph=True` it raises an error of its own where strict=True forbids the model's own path.
 
     Patching again is the same as patching once, with the new `strict`. Undone by `unpatch`.
     """
