@@ -12,7 +12,7 @@ import torch
 
 import warpdecode.hf
 from warpdecode.bench.random_models import twin
-from warpdecode.hf.explain import moe_modules
+from warpdecode.hf.found import moe_modules
 from warpdecode.hf.registries import FORWARD, demand_interface, implementation
 
 # generate() replaces the name grouped_mm by batched_mm for its decode steps on a GPU: under another name it stays.
@@ -62,7 +62,7 @@ def model_of(model: torch.nn.Module, variant: str) -> torch.nn.Module:
 
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The model's experts, layer by layer."""
-    return [module for _, module in moe_modules(model)]
+    return [module for _, module, _ in moe_modules(model)]
 
 
 def running(experts: torch.nn.Module) -> str:
