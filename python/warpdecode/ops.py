@@ -62,7 +62,7 @@ class Experts:
 
     Any of the arrays may be a list of E arrays without the axis E (the weights of one Linear an expert): all of one
     shape, dtype and device. The same numbers give the same bits in every layout; on CUDA many tokens take longer with
-    transposed weights and with lists, on the CPU transposed weights take about twice as long.
+    transposed weights and with lists, on the CPU transposed weights take longer.
 
     The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps
     the arrays alive, and looks before each call whether a torch parameter was given other memory (`.data = ...`) or
