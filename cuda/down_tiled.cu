@@ -65,7 +65,8 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   const wd_moe_shape &s = args.shape;
   const wd_matrix &m = args.down;
   const int64_t expert_rows = m.expert_stride / m.row_stride;
-  const TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows, (int)expert_rows, lists, lists.taken + 1, dependent};
+  TiledPlan plan = {
+      (s.hidden + kUnitRows - 1) / kUnitRows, kUnits, (int)expert_rows, lists, lists.taken + 1, dependent};
   RowMaps row_maps;
   CUtensorMap column_map;
   WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
@@ -73,7 +74,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   row_maps.box[1] = row_maps.box[0]; // not used
   WD_TRY(describe_columns(&column_map, columns, s.intermediate, 2 * wd_column_groups(&s), Sizes::kBox));
   dim3 grid;
-  WD_TRY(tiled_grid(&grid, s, plan.units, Sizes::kColumns / 2));
+  WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns / 2));
   return launch_shared<down_tiled_kernel<T, Sizes>>("down_tiled", grid, dim3(kTiledThreads), sizeof(TiledShared<Sizes>),
                                                     stream, true, args, plan, row_maps, column_map);
 }

@@ -100,8 +100,8 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   const bool has_up = args.gating.has_up;
   const int unit_neurons = has_up ? GateUp<T>::kBoxRows : kUnitRows;
   const int64_t expert_rows = args.gate.expert_stride / args.gate.row_stride, last = (s.experts - 1) * expert_rows;
-  const TiledPlan plan = {(s.intermediate + unit_neurons - 1) / unit_neurons, (int)expert_rows, lists, lists.taken,
-                          false};
+  TiledPlan plan = {
+      (s.intermediate + unit_neurons - 1) / unit_neurons, kUnits, (int)expert_rows, lists, lists.taken, false};
   RowMaps row_maps;
   CUtensorMap column_map;
   for (int i = 0; i < 2; i++) {
@@ -111,7 +111,7 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   }
   WD_TRY(describe_columns(&column_map, columns, s.hidden, wd_column_groups(&s), Sizes::kBox));
   dim3 grid;
-  WD_TRY(tiled_grid(&grid, s, plan.units, Sizes::kColumns));
+  WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns));
   return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(kTiledThreads),
                                                        sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
                                                        column_map, down_follows, is_plain(args));

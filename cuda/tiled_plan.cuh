@@ -31,6 +31,7 @@ using ManyRoutes = TiledSizes<128, 4, 4>;
 // What the items of a call are cut from.
 struct TiledPlan {
   int units;        // of an expert
+  int together;     // units of an item: kUnits, or 1 where there would be fewer items than multiprocessors
   int expert_rows;  // from an expert's first row to the next one's, in the matrices that the boxes come from
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
@@ -68,7 +69,7 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   if (thread < 32) {
-    const int blocks = (plan.units + kUnits - 1) / kUnits;
+    const int blocks = (plan.units + plan.together - 1) / plan.together;
     int total = 0;
     for (int base = 0; base < s.experts; base += 32) {
       const int e = base + thread;
@@ -110,8 +111,8 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
   const int tile = local % tiles; // neighbours share rows, in L2 at once
   item.expert = low;
-  item.unit = local / tiles * kUnits;
-  item.units = min(kUnits, plan.units - item.unit);
+  item.unit = local / tiles * plan.together;
+  item.units = min(plan.together, plan.units - item.unit);
   item.first = offset + tile * share;
   item.count = min(share, count - tile * share);
   item.group = first_group(offset, low, s) + tile * share / kGroup;
@@ -126,13 +127,18 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   return columns <= 96 ? 96 : 128;
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items.
-inline wd_status tiled_grid(dim3 *grid, const wd_moe_shape &s, int units, int routes_per_item) {
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Few of them share their rows
+// among twice as many: half of a block's warpgroups then have none.
+inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));
   const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
-  const int64_t items = (units + kUnits - 1) / kUnits * (lists + routes / routes_per_item);
-  *grid = dim3((unsigned)(items < resident ? items : resident));
+  const auto items = [&](int together) {
+    return (plan->units + together - 1) / together * (lists + routes / routes_per_item);
+  };
+  plan->together = items(kUnits) < resident ? 1 : kUnits;
+  const int64_t most = items(plan->together);
+  *grid = dim3((unsigned)(most < resident ? most : resident));
   return WD_OK;
 }
 
