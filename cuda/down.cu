@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     }
   }
   __syncwarp(); // eight lanes have read a line: nobody does any more
-  if (threadIdx.x % 8 == 0 && h + 32 <= s.hidden && (uintptr_t)values % 128 == 0 && s.hidden % 32 == 0)
+  if (threadIdx.x % 8 == 0 && (uintptr_t)values % 128 == 0 && s.hidden % 32 == 0)
     for (int slot = 0; slot < s.top_k; slot++)
       forget(values + (int64_t)slot * s.hidden);
   Pair<T> out[2];
