@@ -12,7 +12,7 @@ namespace wd {
 
 constexpr int kMaxSlots = WD_CUDA_DIRECT_MAX_TOP_K;
 
-// grid (H / rows of a warp, T), block 32 * K
+// grid: H / rows of a warp, and of each all tokens, side by side (see gate_up_direct); block 32 * K
 template <class T, class Rows, int AHEAD>
 __global__ void __launch_bounds__(32 * kMaxSlots)
     down_direct(const __grid_constant__ wd_down_args args, bool dependent) {
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(32 * kMaxSlots)
   __shared__ bool served[kMaxSlots];
   const wd_moe_shape &s = args.shape;
   const int slot = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = blockIdx.x * kRows;
-  const int64_t first_route = (int64_t)blockIdx.y * s.top_k;
+  const int64_t token = blockIdx.x % (unsigned)s.tokens, first_route = token * s.top_k;
+  const int first_row = blockIdx.x / (unsigned)s.tokens * kRows;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
   // now, not at the end, where nothing would hide their way from memory
   const float weight = expert >= 0 ? weight_at(args.topk_weights, args.topk_weights_dtype, first_route + slot) : 0.0f;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * kMaxSlots)
     float sum = 0.0f;
     for (int i = 0; i < s.top_k; i++)
       if (served[i]) sum = __fmaf_rn(slot_weights[i], values[i][row], sum);
-    ((T *)args.output)[(int64_t)blockIdx.y * s.hidden + first_row + row] = Element<T>::round(sum);
+    ((T *)args.output)[token * s.hidden + first_row + row] = Element<T>::round(sum);
   }
 }
 
@@ -70,12 +70,12 @@ template <class T, class Rows>
 static wd_status launch_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles;
-  const unsigned blocks = (unsigned)(s.hidden + kRows - 1) / kRows;
-  return choose_ahead<Rows, 2>(blocks * s.tokens, s.top_k, [&](auto ahead) {
+  const int64_t blocks = (s.hidden + kRows - 1) / kRows * s.tokens;
+  return choose_ahead<Rows, 2>(blocks, s.top_k, [&](auto ahead) {
     size_t bytes = s.top_k * direct_bytes<Rows, 2, ahead>();
-    if (dependent) WD_TRY(spread_bytes(&bytes, blocks * s.tokens));
-    return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3(blocks, (unsigned)s.tokens),
-                                                      dim3(32 * s.top_k), bytes, stream, dependent, args, dependent);
+    if (dependent) WD_TRY(spread_bytes(&bytes, blocks));
+    return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3((unsigned)blocks), dim3(32 * s.top_k), bytes,
+                                                      stream, dependent, args, dependent);
   });
 }
 
