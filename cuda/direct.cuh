@@ -67,11 +67,12 @@ inline wd_status long_lines(bool *serves, int64_t rows, bool apart) {
 }
 
 // c[tile][part] = the warp's rows . one column, which lies in all eight places of a tile of columns: c[..][0][0] is row
-// g of the lane, c[..][0][2] row g + 8, as in block_dot (grouped.cuh). before_columns() runs between the first copies
-// of weights and the first of activations.
-template <class T, int PARTS, int AHEAD, class Rows, class Before>
+// g of the lane, c[..][0][2] row g + 8, as in block_dot (grouped.cuh). WAITS: the grid before writes the column; then
+// the first copies of weights leave at once, and wait() runs before the first of the column. Else wait() runs behind
+// both, and the first step can be multiplied while the others are on their way.
+template <class T, int PARTS, int AHEAD, bool WAITS, class Rows, class Wait>
 __device__ __forceinline__ void direct_dot(float (&c)[Rows::kTiles][PARTS][1][4], const Rows &rows, const T *column,
-                                           int64_t part_stride, int length, uint8_t *ring, Before before_columns) {
+                                           int64_t part_stride, int length, uint8_t *ring, Wait wait) {
   constexpr int kStep = Rows::kStep, kColumnBytes = 2 * kStep, kPieces = kColumnBytes / 16, kChunks = kStep / kChunk;
   // Without branches the products of a step run between its copies: worth it where a few warps read long lines, but
   // copies of nothing follow the last step.
@@ -90,15 +91,19 @@ __device__ __forceinline__ void direct_dot(float (&c)[Rows::kTiles][PARTS][1][4]
       copy_ahead_if(own, column_arrival + slot, values + step * kStep, within);
     }
   };
+  if (WAITS) {
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++)
-    rows.copy(i, base + i * kSlotBytes);
-  before_columns();
+    for (int i = 0; i < AHEAD; i++)
+      rows.copy(i, base + i * kSlotBytes);
+    wait();
+  }
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) {
+    if (!WAITS) rows.copy(i, base + i * kSlotBytes);
     copy_column(i, i * kSlotBytes);
     close_copies();
   }
+  if (!WAITS) wait();
 #pragma unroll
   for (int tile = 0; tile < Rows::kTiles; tile++)
 #pragma unroll

@@ -31,7 +31,7 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, int expert
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = (blockIdx.x * Sizes::kWarps + warp) * 16 * Rows::kTiles;
   float c[Rows::kTiles][2][TILES][4];
-  block_dot<T, Sizes, TILES, 2>(
+  block_dot<T, Sizes, TILES, 2, true>(
       c, DownRows<Rows>::of(args, expert, first_row),
       [&](int i, int part) {
         return i < count ? (const T *)args.intermediate + ((int64_t)routes[i] * 2 + part) * s.intermediate : nullptr;

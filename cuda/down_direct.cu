@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(32 * kMaxSlots)
     };
     const T *column = (const T *)args.intermediate + (first_route + slot) * 2 * s.intermediate;
     float c[Rows::kTiles][2][1][4];
-    direct_dot<T, 2, AHEAD>(c, DownRows<Rows>::of(args, expert, first_row), column, s.intermediate, s.intermediate,
-                            rings + slot * direct_bytes<Rows, 2, AHEAD>(), [&] {
-                              look_up(args.down_bias.data || args.down_bias.pointers);
-                              if (dependent) wait_for_previous_grid();
-                            });
+    direct_dot<T, 2, AHEAD, true>(c, DownRows<Rows>::of(args, expert, first_row), column, s.intermediate,
+                                  s.intermediate, rings + slot * direct_bytes<Rows, 2, AHEAD>(), [&] {
+                                    look_up(args.down_bias.data || args.down_bias.pointers);
+                                    if (dependent) wait_for_previous_grid();
+                                  });
     if (lane % 4 == 0) { // all columns are the same route
 #pragma unroll
       for (int tile = 0; tile < Rows::kTiles; tile++)

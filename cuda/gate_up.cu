@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(32 * kDirectWarps<typename Neurons::Rows>)
   Neurons own(args, plain, expert, blockIdx.x / routes * kDirectWarps<Rows> + warp);
   if (own.first >= s.intermediate) return;
   float c[Rows::kTiles][1][1][4];
-  direct_dot<T, 1, AHEAD>(c, own.rows, (const T *)args.hidden_states + route / s.top_k * s.hidden, 0, s.hidden,
-                          rings + warp * direct_bytes<Rows, 1, AHEAD>(), [&] { own.look_up(); });
+  direct_dot<T, 1, AHEAD, false>(c, own.rows, (const T *)args.hidden_states + route / s.top_k * s.hidden, 0, s.hidden,
+                                 rings + warp * direct_bytes<Rows, 1, AHEAD>(), [&] { own.look_up(); });
   own.store(c, 1, [&](int) { return route; }); // all columns are the same route: the first is stored
 }
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, bool
   const wd_moe_shape &s = args.shape;
   Neurons own(args, plain, expert, blockIdx.x * Sizes::kWarps + threadIdx.x / 32);
   float c[Neurons::Rows::kTiles][1][TILES][4];
-  block_dot<T, Sizes, TILES, 1>(
+  block_dot<T, Sizes, TILES, 1, false>(
       c, own.rows,
       [&](int i, int) {
         return i < count ? (const T *)args.hidden_states + (int64_t)(routes[i] / s.top_k) * s.hidden : nullptr;

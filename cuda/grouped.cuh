@@ -45,11 +45,10 @@ inline wd_status waves_filled(double *filled, const wd_moe_shape &s, int blocks,
 }
 
 // c[row tile][part][tile] = the warp's rows . columns (8 a tile); all threads of the block call it together.
-// column_of(i, part): values of column i, NULL where there is none. before_columns() runs between the first copies of
-// weights and the first of columns.
-template <class T, class Sizes, int TILES, int PARTS, class Rows, class ColumnOf, class Before>
+// column_of(i, part): values of column i, NULL where there is none. WAITS and wait(): as in direct_dot (direct.cuh).
+template <class T, class Sizes, int TILES, int PARTS, bool WAITS, class Rows, class ColumnOf, class Wait>
 __device__ __forceinline__ void block_dot(float (&c)[Rows::kTiles][PARTS][TILES][4], const Rows &rows,
-                                          ColumnOf column_of, int length, uint32_t ring, Before before_columns) {
+                                          ColumnOf column_of, int length, uint32_t ring, Wait wait) {
   constexpr int AHEAD = Sizes::kAhead, slot_bytes = Sizes::template slot_bytes<Rows>(PARTS);
   constexpr int kStep = Rows::kStep, kColumnBytes = 2 * kStep, kPieces = kColumnBytes / 16, kChunks = kStep / kChunk;
   constexpr int kColumns = 8 * TILES * PARTS, kAtOnce = Sizes::kThreads / kPieces,
@@ -75,15 +74,19 @@ __device__ __forceinline__ void block_dot(float (&c)[Rows::kTiles][PARTS][TILES]
     for (int i = 0; i < kCopies; i++)
       if (column[i]) copy_ahead(column_arrival[i] + slot, column[i] + step * kStep, within);
   };
+  if (WAITS) {
 #pragma unroll
-  for (int i = 0; i < AHEAD - 1; i++)
-    rows.copy(i, warp_rows + i * slot_bytes);
-  before_columns();
+    for (int i = 0; i < AHEAD - 1; i++)
+      rows.copy(i, warp_rows + i * slot_bytes);
+    wait();
+  }
 #pragma unroll
   for (int i = 0; i < AHEAD - 1; i++) {
+    if (!WAITS) rows.copy(i, warp_rows + i * slot_bytes);
     copy_columns(i, i * slot_bytes);
     close_copies();
   }
+  if (!WAITS) wait();
 #pragma unroll
   for (int row_tile = 0; row_tile < Rows::kTiles; row_tile++)
 #pragma unroll
