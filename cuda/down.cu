@@ -123,45 +123,45 @@ constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8).
 // grid T * row_blocks
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 4)
     combine_slots(const __grid_constant__ wd_down_args args, unsigned row_blocks) {
   const wd_moe_shape &s = args.shape;
   const unsigned token = blockIdx.x / row_blocks;
   const int h = (int)(blockIdx.x % row_blocks * kCombineThreads + threadIdx.x) * 4;
   const int64_t first = (int64_t)token * s.top_k;
   const float *values = down_values(args) + first * s.hidden + h;
+  const bool inside = h < s.hidden;
   float sum[4] = {};
   for (int base = 0; base < s.top_k; base += kTogether) {
-    float4 v[kTogether];
-    float weight[kTogether];
-    bool valid[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; i++) {
-      valid[i] = base + i < s.top_k && expert_of(args.topk_ids, s.id_bytes, first + base + i, s.experts) >= 0;
-      if (valid[i]) weight[i] = weight_at(args.topk_weights, args.topk_weights_dtype, first + base + i);
-    }
+    // A lane looks one slot up, for the whole warp: eight look-ups by each would wait for one another.
+    const int own = base + threadIdx.x % kTogether;
+    const bool has = own < s.top_k && expert_of(args.topk_ids, s.id_bytes, first + own, s.experts) >= 0;
+    const float own_weight = has ? weight_at(args.topk_weights, args.topk_weights_dtype, first + own) : 0.0f;
+    const unsigned valid = __ballot_sync(~0u, has);
     if (base == 0) wait_for_previous_grid();
-    if (h >= s.hidden) return;
+    float4 v[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; i++)
-      if (valid[i]) v[i] = __ldcg((const float4 *)(values + (int64_t)(base + i) * s.hidden));
+      if (inside && valid >> i & 1) v[i] = __ldcg((const float4 *)(values + (int64_t)(base + i) * s.hidden));
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
-      if (!valid[i]) continue;
-      sum[0] = __fmaf_rn(weight[i], v[i].x, sum[0]);
-      sum[1] = __fmaf_rn(weight[i], v[i].y, sum[1]);
-      sum[2] = __fmaf_rn(weight[i], v[i].z, sum[2]);
-      sum[3] = __fmaf_rn(weight[i], v[i].w, sum[3]);
+      const float weight = __shfl_sync(~0u, own_weight, i);
+      if (!(valid >> i & 1)) continue;
+      sum[0] = __fmaf_rn(weight, v[i].x, sum[0]);
+      sum[1] = __fmaf_rn(weight, v[i].y, sum[1]);
+      sum[2] = __fmaf_rn(weight, v[i].z, sum[2]);
+      sum[3] = __fmaf_rn(weight, v[i].w, sum[3]);
     }
   }
-  __syncwarp(); // eight lanes have read a line: nobody does any more
-  if (threadIdx.x % 8 == 0 && (uintptr_t)values % 128 == 0 && s.hidden % 32 == 0)
-    for (int slot = 0; slot < s.top_k; slot++)
-      forget(values + (int64_t)slot * s.hidden);
+  if (!inside) return;
   Pair<T> out[2];
   out[0].value[0] = Element<T>::round(sum[0]), out[0].value[1] = Element<T>::round(sum[1]);
   out[1].value[0] = Element<T>::round(sum[2]), out[1].value[1] = Element<T>::round(sum[3]);
   *(uint2 *)((T *)args.output + (int64_t)token * s.hidden + h) = make_uint2(out[0].bits, out[1].bits);
+  __syncwarp(); // eight lanes have read a line: nobody does any more
+  if (threadIdx.x % 8 == 0 && (uintptr_t)values % 128 == 0 && s.hidden % 32 == 0)
+    for (int slot = 0; slot < s.top_k; slot++)
+      forget(values + (int64_t)slot * s.hidden);
 }
 
 template <class T>

@@ -60,6 +60,7 @@ __device__ __forceinline__ void gather_group(const Gathering &g, int route, cons
 // ---- lists ----------------------------------------------------------------------------------------------------------
 
 constexpr int kSortThreads = 512, kSortWarps = kSortThreads / 32;
+constexpr int kRunsAtOnce = 8; // whose ids are on their way together: all of a warp's, up to 4096 routes
 constexpr int kMostRuns = WD_CUDA_MOST_ROUTES / 32; // of 32 routes
 constexpr int kListedRoutes = 4096; // of a call: up to so many are gathered by the block that lists them
 
@@ -75,13 +76,19 @@ __global__ void __launch_bounds__(kSortThreads)
   const int routes = (int)(s.tokens * s.top_k), runs = (routes + 31) / 32, each = (runs + kSortWarps - 1) / kSortWarps;
   const int begin = warp * each, end = min(begin + each, runs);
   int lower = 0, own = 0;
-#pragma unroll 16
-  for (int run = begin; run < end; run++) {
-    const int route = run * 32 + lane;
-    const int e = route < routes ? expert_of(ids, s.id_bytes, route, s.experts) : -1;
-    const unsigned votes = __ballot_sync(~0u, e == expert);
-    if (lane == 0) matches[run] = votes;
-    lower += e >= 0 && e < expert, own += __popc(votes);
+  for (int first = begin; first < end; first += kRunsAtOnce) {
+    int e[kRunsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kRunsAtOnce; i++) {
+      const int route = (first + i) * 32 + lane;
+      e[i] = first + i < end && route < routes ? expert_of(ids, s.id_bytes, route, s.experts) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kRunsAtOnce; i++) {
+      const unsigned votes = __ballot_sync(~0u, e[i] == expert);
+      if (lane == 0 && first + i < end) matches[first + i] = votes;
+      lower += e[i] >= 0 && e[i] < expert, own += __popc(votes);
+    }
   }
   lower = __reduce_add_sync(~0u, lower);
   if (lane == 0) below[warp] = lower, mine[warp] = own;
