@@ -187,8 +187,8 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
   else
     WD_TRY(launch_some_grouped<T>(args, lists, dependent, stream));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
-  return launch("combine_slots", combine_slots<T>, dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads), 0,
-                stream, early_launch, args, row_blocks);
+  return launch_shared<combine_slots<T>>("combine_slots", dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads),
+                                         0, stream, early_launch, args, row_blocks);
 }
 
 } // namespace wd

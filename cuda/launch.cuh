@@ -35,7 +35,8 @@ wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim
 }
 
 // launch() of a kernel that may want more than the 48 KB of shared memory that every block gets. Asks for it once a
-// device; all such kernels prefer the same split between L1 and shared memory, because changing it costs microseconds.
+// device; all kernels of a layer prefer the same split between L1 and shared memory, those that need none of it, too:
+// changing it costs microseconds, and lets no grid begin on an SM where the one before still runs.
 wd_status allow_shared_memory(const void *kernel, std::atomic<uint64_t> *devices);
 template <auto KERNEL, class... Arguments>
 wd_status launch_shared(const char *name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

@@ -148,12 +148,13 @@ wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, con
   int blocks;
   WD_TRY(multiprocessors(&blocks));
   const int64_t room = 2 * blocks / s.experts + 1, splits = at_once ? (groups < room ? groups : room) : 1;
-  WD_TRY(launch("sort_by_expert", sort_by_expert, dim3((unsigned)s.experts, (unsigned)splits), dim3(kSortThreads), 0,
-                stream, false, s, ids, lists.taken, (int32_t *)lists.offsets, (int32_t *)lists.routes,
-                at_once ? gathering : later));
+  WD_TRY(launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)s.experts, (unsigned)splits),
+                                       dim3(kSortThreads), 0, stream, false, s, ids, lists.taken,
+                                       (int32_t *)lists.offsets, (int32_t *)lists.routes, at_once ? gathering : later));
   if (source == nullptr || at_once) return WD_OK;
-  return launch("gather_columns", gather_columns, dim3((unsigned)s.experts, (unsigned)(groups < 1024 ? groups : 1024)),
-                dim3(kGatherThreads), 0, stream, true, s, lists, gathering);
+  return launch_shared<gather_columns>("gather_columns",
+                                       dim3((unsigned)s.experts, (unsigned)(groups < 1024 ? groups : 1024)),
+                                       dim3(kGatherThreads), 0, stream, true, s, lists, gathering);
 }
 
 } // namespace wd
