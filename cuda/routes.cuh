@@ -63,8 +63,9 @@ __device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, co
                                             int *expert) {
   *expert = index;
   if (lists.offsets) {
-    *routes = lists.routes + lists.offsets[index];
-    return lists.offsets[index + 1] - lists.offsets[index];
+    const int first = __ldcg(lists.offsets + index); // past L1: see prepare() of tiled_plan.cuh
+    *routes = lists.routes + first;
+    return __ldcg(lists.offsets + index + 1) - first;
   }
   *routes = searched;
   const int count = (int)s.tokens * s.top_k;

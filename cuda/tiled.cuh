@@ -102,6 +102,7 @@ template <class T, class Sizes, class Op> struct Multiplier {
         start<1>(c, even, here);
       end(here);
     }
+    wgmma_results(c);
   }
 };
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
     if (whole.units == 0) break;
     const int columns = columns_for<Sizes, Op::kParts>(item.count), thread = threadIdx.x % kWarpgroup;
     int32_t *routes = shared.routes[number % 2][group];
-    const int own = thread < item.count ? plan.lists.routes[item.first + thread] : 0; // known by the end
+    const int own = thread < item.count ? __ldcg(plan.lists.routes + item.first + thread) : 0; // known by the end
     auto serve = [&](auto &c) {
       multiplier.multiply(c);
       if (thread < item.count) routes[thread] = own;
@@ -158,7 +159,7 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
                                       const CUtensorMap &columns) {
   extern __shared__ __align__(1024) uint8_t memory[];
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
-  if (!plan.dependent) wait_for_previous_grid();
+  if (!plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
   allow_next_grid();
   prepare<Sizes, Sizes::kColumns / Op::kParts>(shared, s, plan);
   if (threadIdx.x < kMultiplyingThreads) {

@@ -85,7 +85,8 @@ template <int ROUTES> __device__ __forceinline__ int tiles_of(int count, int tog
   return (count + most - 1) / most;
 }
 
-// All threads: barriers, and the places of the experts' items.
+// All threads: barriers, and the places of the experts' items. Lists are read past L1, here as elsewhere: where they
+// are read before the grid before has ended, nothing else says that L1 has not those of an earlier call.
 template <class Sizes, int ROUTES>
 __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
   const int thread = threadIdx.x;
@@ -100,8 +101,9 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
       const int e = base + thread;
       int own = 0;
       if (e < s.experts) {
-        shared.offsets[e] = plan.lists.offsets[e];
-        const int count = plan.lists.offsets[e + 1] - shared.offsets[e], together = units_together<ROUTES>(plan, count);
+        shared.offsets[e] = __ldcg(plan.lists.offsets + e);
+        const int count = __ldcg(plan.lists.offsets + e + 1) - shared.offsets[e],
+                  together = units_together<ROUTES>(plan, count);
         own = tiles_of<ROUTES>(count, together) * ((plan.units + together - 1) / together);
       }
       int sum = own;
@@ -112,7 +114,8 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
       if (e < s.experts) shared.before[e] = total + sum - own;
       total += __shfl_sync(~0u, sum, 31);
     }
-    if (thread == 0) shared.before[s.experts] = total, shared.offsets[s.experts] = plan.lists.offsets[s.experts];
+    if (thread == 0)
+      shared.before[s.experts] = total, shared.offsets[s.experts] = __ldcg(plan.lists.offsets + s.experts);
   }
   __syncthreads();
 }

@@ -40,7 +40,7 @@ template <class Sizes, class Op> struct Bringer {
       barrier_promise(&shared.full[step], item.units * kUnitBytes);
       bring_rows(item, step, step);
     }
-    if (plan.dependent) wait_for_previous_grid();
+    if (plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
     int stage = 0, round = 1; // round: parity of the phase that must have ended
     for (int number = 0;; number++) {
       shared.items[number % kItems] = item;

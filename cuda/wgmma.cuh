@@ -54,6 +54,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
+// Behind wgmma_wait(): what is computed of the sums stays behind it, too.
+template <int TILES> __device__ __forceinline__ void wgmma_results(float (&c)[2][TILES][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        asm volatile("" : "+f"(c[half][tile][i]));
+}
+
 // Where 16 values of k of the columns lie: two 8 x 16-byte matrices along k, `k_bytes` apart, repeated every
 // `group_bytes` (8 columns). No swizzle: a matrix is 128 bytes in a row.
 __device__ __forceinline__ uint64_t columns_descriptor(uint32_t shared_address, uint32_t k_bytes,
@@ -86,6 +97,11 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
                "@!done bra again; }" ::"r"(shared_address(barrier)),
                "r"(parity)
                : "memory");
+}
+
+// Behind wait_for_previous_grid(): what that grid stored can be brought by copies of the tensor memory accelerator.
+__device__ __forceinline__ void allow_copies_of_written() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // ---- registers of a warpgroup ---------------------------------------------------------------------------------------
