@@ -143,3 +143,37 @@ def test_a_thousand_replays(cuda, tokens):
         graph.replay()
         differing += (out != expected).sum()
     assert differing.item() == 0
+
+
+@pytest.mark.parametrize("kernel", ["cuda_grouped", "cuda_tiled"])
+def test_replays_with_other_ids(cuda, kernel):
+    """The lists of routes lie where those of the replay before lay, and nothing of those may be read."""
+    if kernel not in kernels_of("cuda"):
+        pytest.skip(f"gpu: this one does not serve {kernel}")
+    layer = make_layer(32, 512, 256, torch.bfloat16, cuda)
+    call = warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)
+    direct = warpdecode.Experts(layer.gate_up, layer.down, kernel="cuda_direct")
+    inputs = [make_tokens(layer, 600, 4, seed=seed) for seed in range(40)]
+    expected = [direct(*one) for one in inputs]
+    own = [tensor.clone() for tensor in inputs[0]]
+    call(*own)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*own)
+    for one, wanted in zip(inputs, expected, strict=True):
+        for tensor, new in zip(own, one, strict=True):
+            tensor.copy_(new)
+        poison(out)
+        graph.replay()
+        assert torch.equal(out, wanted)
+
+
+def test_direct_has_room_for_many_routes(cuda):
+    """More routes than a grid's second axis has blocks."""
+    layer = make_layer(8, 16, 8, torch.bfloat16, cuda)
+    inputs = make_tokens(layer, 70_000, 1)
+    direct, grouped = (
+        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
+        for kernel in ("cuda_direct", "cuda_grouped")
+    )
+    assert torch.equal(direct, grouped)
