@@ -12,7 +12,7 @@ namespace wd {
 
 constexpr int kMaxSlots = WD_CUDA_DIRECT_MAX_TOP_K;
 
-// grid: H / rows of a warp, and of each all tokens, side by side (see gate_up_direct); block 32 * K
+// grid (T, H / rows of a warp): tokens run side by side (see gate_up_direct); block 32 * K
 template <class T, class Rows, int AHEAD>
 __global__ void __launch_bounds__(32 * kMaxSlots)
     down_direct(const __grid_constant__ wd_down_args args, bool dependent) {
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(32 * kMaxSlots)
   __shared__ bool served[kMaxSlots];
   const wd_moe_shape &s = args.shape;
   const int slot = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t token = blockIdx.x % (unsigned)s.tokens, first_route = token * s.top_k;
-  const int first_row = blockIdx.x / (unsigned)s.tokens * kRows;
+  const int64_t token = blockIdx.x, first_route = token * s.top_k;
+  const int first_row = blockIdx.y * kRows;
   const int expert = expert_of(args.topk_ids, s.id_bytes, first_route + slot, s.experts);
   // now, not at the end, where nothing would hide their way from memory
   const float weight = expert >= 0 ? weight_at(args.topk_weights, args.topk_weights_dtype, first_route + slot) : 0.0f;
@@ -70,12 +70,12 @@ template <class T, class Rows>
 static wd_status launch_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles;
-  const int64_t blocks = (s.hidden + kRows - 1) / kRows * s.tokens;
-  return choose_ahead<Rows, 2>(blocks, s.top_k, [&](auto ahead) {
+  const unsigned blocks = (unsigned)(s.hidden + kRows - 1) / kRows;
+  return choose_ahead<Rows, 2>(blocks * s.tokens, s.top_k, [&](auto ahead) {
     size_t bytes = s.top_k * direct_bytes<Rows, 2, ahead>();
-    if (dependent) WD_TRY(spread_bytes(&bytes, blocks));
-    return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3((unsigned)blocks), dim3(32 * s.top_k), bytes,
-                                                      stream, dependent, args, dependent);
+    if (dependent) WD_TRY(spread_bytes(&bytes, blocks * s.tokens));
+    return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3((unsigned)s.tokens, blocks),
+                                                      dim3(32 * s.top_k), bytes, stream, dependent, args, dependent);
   });
 }
 

@@ -22,8 +22,8 @@ namespace wd {
 // them ask for 256 neighbouring ones (gpt-oss-20b at T = 1: 4% of the layer).
 template <class Rows> constexpr int kDirectWarps = Rows::kTiles == 2 ? 4 : 2;
 
-// grid: warps of an expert / kDirectWarps, and of each all routes, side by side, so that those of one expert find each
-// other's rows in L2; block 32 * kDirectWarps
+// grid (routes, warps of an expert / kDirectWarps), block 32 * kDirectWarps: routes run side by side, so that those of
+// one expert find each other's rows in L2
 template <class T, class Neurons, int AHEAD>
 __global__ void __launch_bounds__(32 * kDirectWarps<typename Neurons::Rows>)
     gate_up_direct(const __grid_constant__ wd_gate_up_args args, bool plain) {
@@ -31,12 +31,11 @@ __global__ void __launch_bounds__(32 * kDirectWarps<typename Neurons::Rows>)
   extern __shared__ __align__(128) uint8_t rings[];
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
-  const unsigned routes = (unsigned)s.tokens * s.top_k;
-  const int64_t route = blockIdx.x % routes;
+  const int64_t route = blockIdx.x;
   const int warp = threadIdx.x / 32;
   const int expert = expert_of(args.topk_ids, s.id_bytes, route, s.experts);
   if (expert < 0) return;
-  Neurons own(args, plain, expert, blockIdx.x / routes * kDirectWarps<Rows> + warp);
+  Neurons own(args, plain, expert, blockIdx.y * kDirectWarps<Rows> + warp);
   if (own.first >= s.intermediate) return;
   float c[Rows::kTiles][1][1][4];
   direct_dot<T, 1, AHEAD, false>(c, own.rows, (const T *)args.hidden_states + route / s.top_k * s.hidden, 0, s.hidden,
@@ -87,11 +86,11 @@ template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args 
   using Rows = typename Neurons::Rows;
   const int64_t routes = args.shape.tokens * args.shape.top_k;
   constexpr int warps = kDirectWarps<Rows>;
-  const int64_t blocks = (warps_of_expert<Neurons>(args) + warps - 1) / warps * routes;
-  return choose_ahead<Rows, 1>(blocks, warps, [&](auto ahead) {
-    return launch_shared<gate_up_direct<T, Neurons, ahead>>("gate_up_direct", dim3((unsigned)blocks), dim3(32 * warps),
-                                                            warps * direct_bytes<Rows, 1, ahead>(), stream, false, args,
-                                                            is_plain(args));
+  const int blocks = (warps_of_expert<Neurons>(args) + warps - 1) / warps;
+  return choose_ahead<Rows, 1>(blocks * routes, warps, [&](auto ahead) {
+    return launch_shared<gate_up_direct<T, Neurons, ahead>>("gate_up_direct", dim3((unsigned)routes, blocks),
+                                                            dim3(32 * warps), warps * direct_bytes<Rows, 1, ahead>(),
+                                                            stream, false, args, is_plain(args));
   });
 }
 

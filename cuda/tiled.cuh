@@ -21,23 +21,21 @@ template <class T, class Sizes, class Op> struct Multiplier {
   const RowReader<Sizes, Op> rows;
   const int chunks;
   int stage, round; // the step to read next: its place in the ring, the parity of the phase to wait for
-  bool shared_rows; // the item has one unit, which both warpgroups multiply
 
   __device__ __forceinline__ Multiplier(TiledShared<Sizes> &shared, int chunks)
-      : shared(shared), rows(shared), chunks(chunks), stage(0), round(0), shared_rows(false) {
+      : shared(shared), rows(shared), chunks(chunks), stage(0), round(0) {
   }
   // Returns the stage that was read.
   __device__ __forceinline__ int read(uint4 (&a)[2][2][2]) {
     const int here = stage;
     barrier_wait(&shared.full[here], round);
-    rows.read(a, here, shared_rows ? 0 : threadIdx.x / kWarpgroup);
+    rows.read(a, here);
     if (++stage == Sizes::kStages) stage = 0, round ^= 1;
     return here;
   }
   template <int CHUNKS, int TILES>
   __device__ __forceinline__ void start(float (&c)[2][TILES][4], const uint4 (&a)[2][2][2], int here) {
-    const bool behind_rows = shared_rows && threadIdx.x / kWarpgroup == 1; // see TiledShared::rows
-    const uint32_t columns = shared_address(behind_rows ? shared.rows[here][1] : shared.columns[here][0]);
+    const uint32_t columns = shared_address(shared.columns[here]);
     wgmma_fence();
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
@@ -59,11 +57,9 @@ template <class T, class Sizes, class Op> struct Multiplier {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[here]);
   }
   // The next item: it is there when its first step is.
-  __device__ __forceinline__ Item item(int number) {
+  __device__ __forceinline__ Item item(int number) const {
     barrier_wait(&shared.full[stage], round);
-    const Item item = shared.items[number % kItems];
-    shared_rows = item.units == 1;
-    return item;
+    return shared.items[number % kItems];
   }
   // c[half][tile] = rows . columns
   template <int TILES> __device__ __forceinline__ void multiply(float (&c)[2][TILES][4]) {
@@ -112,17 +108,18 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
   const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
   Multiplier<T, Sizes, Op> multiplier(shared, chunks_of(op.length()));
   for (int number = 0;; number++) {
-    const Item whole = multiplier.item(number), item = whole.part(group);
-    if (whole.units == 0) break;
-    const int columns = columns_for<Sizes, Op::kParts>(item.count), thread = threadIdx.x % kWarpgroup;
-    int32_t *routes = shared.routes[number % 2][group];
-    const int own = thread < item.count ? __ldcg(plan.lists.routes + item.first + thread) : 0; // known by the end
+    const Item item = multiplier.item(number);
+    if (item.units == 0) break;
+    const int columns = columns_for<Sizes, Op::kParts>(item.count);
+    int32_t *routes = shared.routes[number % 2];
+    const int own =
+        threadIdx.x < item.count ? __ldcg(plan.lists.routes + item.first + threadIdx.x) : 0; // known by the end
     auto serve = [&](auto &c) {
       multiplier.multiply(c);
-      if (thread < item.count) routes[thread] = own;
-      // the warpgroup alone; whoever comes back to these places has met the others once more
-      asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kWarpgroup) : "memory");
-      if (item.count > 0) op.finish(c, item, item.unit, warp, lane, routes);
+      if (threadIdx.x < item.count) routes[threadIdx.x] = own;
+      // the multiplying warps alone; whoever comes back to these places has met the others once more
+      asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyingThreads) : "memory");
+      if (group < item.units) op.finish(c, item, item.unit + group, warp, lane, routes);
     };
     if (Sizes::kColumns > 64 && columns > 64) {
       if (columns > 96) {

@@ -38,22 +38,9 @@ struct TiledPlan {
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do
 };
 
-// Routes [first, first + count) of the expert's list, whose columns begin at `group`; units of rows from `unit` on. Two
-// units: a warpgroup multiplies one with all routes. One: both multiply it, the first with `split` routes, the other
-// with the rest. units == 0: no item.
+// Routes [first, first + count) of the expert's list, whose columns begin at `group`. units == 0: no item.
 struct Item {
-  int expert, unit, units, first, count, group, split;
-  // What a warpgroup has of it; it may have no routes.
-  __device__ __forceinline__ Item part(int warpgroup) const {
-    Item own = *this;
-    if (units == 1) {
-      own.first += warpgroup * split, own.group += warpgroup * split / kGroup;
-      own.count = warpgroup == 0 ? split : count - split;
-    } else {
-      own.unit += warpgroup;
-    }
-    return own;
-  }
+  int expert, unit, units, first, count, group;
 };
 constexpr int kItems = 8; // places for items: the bringing thread is ahead by the stages, at most an item each
 
@@ -63,27 +50,14 @@ __device__ __forceinline__ int steps_of(int length) {
 
 // The shared memory of a block, all of it.
 template <class Sizes> struct TiledShared {
-  // Of an item of one unit the second place has the columns of the second warpgroup.
   alignas(1024) uint8_t rows[Sizes::kStages][kUnits][kUnitBytes];
   uint8_t columns[Sizes::kStages][Sizes::kColumns / kGroup][kGroupStepBytes];
   uint64_t full[Sizes::kStages], empty[Sizes::kStages];
-  Item items[kItems];                         // for the multiplying warps: there when the item's first step is
-  int32_t before[kTiledMaxExperts + 1];       // items of the experts before
-  int32_t offsets[kTiledMaxExperts + 1];      // of the lists
-  int32_t routes[2][kUnits][Sizes::kColumns]; // of a warpgroup's part of the item, by parity of its number
-  static_assert(Sizes::kColumns / kGroup * kGroupStepBytes <= kUnitBytes && Sizes::kColumns <= kWarpgroup, "see rows");
+  Item items[kItems];                    // for the multiplying warps: there when the item's first step is
+  int32_t before[kTiledMaxExperts + 1];  // items of the experts before
+  int32_t offsets[kTiledMaxExperts + 1]; // of the lists
+  int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
 };
-
-// Units of an item of an expert with so many routes. Two tiles of routes read the rows once only where they are of one
-// item; of three and more most share them in L2 alone.
-template <int ROUTES> __device__ __forceinline__ int units_together(const TiledPlan &plan, int count) {
-  return plan.together == 1 || (count > ROUTES && count <= 2 * ROUTES) ? 1 : kUnits;
-}
-// Items of one block of units: tiles of routes, of which those of one unit have two.
-template <int ROUTES> __device__ __forceinline__ int tiles_of(int count, int together) {
-  const int most = together == 1 ? 2 * ROUTES : ROUTES;
-  return (count + most - 1) / most;
-}
 
 // All threads: barriers, and the places of the experts' items. Lists are read past L1, here as elsewhere: where they
 // are read before the grid before has ended, nothing else says that L1 has not those of an earlier call.
@@ -96,15 +70,14 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   if (thread < 32) {
+    const int blocks = (plan.units + plan.together - 1) / plan.together;
     int total = 0;
     for (int base = 0; base < s.experts; base += 32) {
       const int e = base + thread;
       int own = 0;
       if (e < s.experts) {
         shared.offsets[e] = __ldcg(plan.lists.offsets + e);
-        const int count = __ldcg(plan.lists.offsets + e + 1) - shared.offsets[e],
-                  together = units_together<ROUTES>(plan, count);
-        own = tiles_of<ROUTES>(count, together) * ((plan.units + together - 1) / together);
+        own = (__ldcg(plan.lists.offsets + e + 1) - shared.offsets[e] + ROUTES - 1) / ROUTES * blocks;
       }
       int sum = own;
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -136,18 +109,15 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   }
   // An expert's routes in equal parts, of whole groups: a last part of a few routes would read all its rows for them.
   const int local = position - shared.before[low], offset = shared.offsets[low];
-  const int count = shared.offsets[low + 1] - offset, together = units_together<ROUTES>(plan, count);
-  const int tiles = tiles_of<ROUTES>(count, together);
+  const int count = shared.offsets[low + 1] - offset, tiles = (count + ROUTES - 1) / ROUTES;
   const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
   const int tile = local % tiles; // neighbours share rows, in L2 at once
   item.expert = low;
-  item.unit = local / tiles * together;
-  item.units = min(together, plan.units - item.unit);
+  item.unit = local / tiles * plan.together;
+  item.units = min(plan.together, plan.units - item.unit);
   item.first = offset + tile * share;
   item.count = min(share, count - tile * share);
   item.group = first_group(offset, low, s) + tile * share / kGroup;
-  item.split = ((item.count + 1) / 2 + kGroup - 1) / kGroup * kGroup;
-  item.split = min(item.split, item.count);
   return item;
 }
 
@@ -159,8 +129,8 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   return columns <= 96 ? 96 : 128;
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items. Where there would be few, they
-// have one unit each.
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Few of them share their rows
+// among twice as many: half of a block's warpgroups then have none.
 inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));

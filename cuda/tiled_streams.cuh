@@ -21,16 +21,6 @@ template <class Sizes, class Op> struct Bringer {
         copy_rows(shared.rows[stage][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], step * kStep,
                   item.expert * plan.expert_rows + op.box(item.unit + unit, box), &shared.full[stage]);
   }
-  static __device__ __forceinline__ int boxes_of(const Item &item) {
-    const int groups = (item.count + kGroup - 1) / kGroup * Op::kParts;
-    return (groups + Sizes::kBox - 1) / Sizes::kBox;
-  }
-  __device__ __forceinline__ void bring_columns(uint8_t *place, const Item &item, int boxes, int step,
-                                                int stage) const {
-    for (int box = 0; box < boxes; box++)
-      copy_columns(place + box * Sizes::kBox * kGroupStepBytes, columns, step * (kStep / 8),
-                   item.group * Op::kParts + box * Sizes::kBox, &shared.full[stage]);
-  }
   __device__ __forceinline__ void run() const {
     const int steps = steps_of(op.length());
     Item item = item_at<Sizes, ROUTES>(blockIdx.x, shared, s, plan);
@@ -46,9 +36,8 @@ template <class Sizes, class Op> struct Bringer {
       shared.items[number % kItems] = item;
       if (item.units == 0) break;
       const int next = gridDim.x + atomicAdd(plan.taken, 1); // on its way while this item is brought
-      const Item one = item.part(0), two = item.part(1);
-      const int boxes = boxes_of(one), more = item.units == 1 ? boxes_of(two) : 0;
-      const int column_bytes = (boxes + more) * Sizes::kBox * kGroupStepBytes;
+      const int groups = (item.count + kGroup - 1) / kGroup * Op::kParts;
+      const int boxes = (groups + Sizes::kBox - 1) / Sizes::kBox, column_bytes = boxes * Sizes::kBox * kGroupStepBytes;
       for (int step = 0; step < steps; step++) {
         barrier_wait(&shared.empty[stage], round);
         if (early > 0) {
@@ -58,8 +47,9 @@ template <class Sizes, class Op> struct Bringer {
           barrier_expect(&shared.full[stage], column_bytes + item.units * kUnitBytes);
           bring_rows(item, step, stage);
         }
-        bring_columns(shared.columns[stage][0], one, boxes, step, stage);
-        bring_columns(shared.rows[stage][1], two, more, step, stage);
+        for (int box = 0; box < boxes; box++)
+          copy_columns(shared.columns[stage][box * Sizes::kBox], columns, step * (kStep / 8),
+                       item.group * Op::kParts + box * Sizes::kBox, &shared.full[stage]);
         if (++stage == Sizes::kStages) stage = 0, round ^= 1;
       }
       item = item_at<Sizes, ROUTES>(next, shared, s, plan);
@@ -73,10 +63,10 @@ template <class Sizes, class Op> struct Bringer {
 // permuted (tensor_map.cuh): piece p of row r is at p ^ r % 8. Lanes 0 to 7 read rows that differ in bit 2 (Op::row
 // sees to that), so they meet in no bank.
 template <class Sizes, class Op> struct RowReader {
-  uint32_t own[2][2]; // [half][high]: the first chunk's piece of unit 0 in stage 0; the second chunk's is at ^ 64
+  uint32_t own[2][2]; // [half][high]: the first chunk's piece in stage 0; the second chunk's is at ^ 64
   __device__ __forceinline__ explicit RowReader(TiledShared<Sizes> &shared) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
-    const uint32_t unit = shared_address(shared.rows[0][0]);
+    const uint32_t unit = shared_address(shared.rows[0][threadIdx.x / kWarpgroup]);
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -86,14 +76,14 @@ template <class Sizes, class Op> struct RowReader {
       }
   }
   // a[chunk][half][high]
-  __device__ __forceinline__ void read(uint4 (&a)[2][2][2], int stage, int unit) const {
+  __device__ __forceinline__ void read(uint4 (&a)[2][2][2], int stage) const {
 #pragma unroll
     for (int chunk = 0; chunk < 2; chunk++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int high = 0; high < 2; high++)
-          a[chunk][half][high] = load_shared((own[half][high] ^ chunk * 64) + (stage * kUnits + unit) * kUnitBytes);
+          a[chunk][half][high] = load_shared((own[half][high] ^ chunk * 64) + stage * (kUnits * kUnitBytes));
   }
 };
 

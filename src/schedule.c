@@ -48,21 +48,23 @@ static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *
   return 1;
 }
 
-/* Bytes of weights that a call reads more than once when it reads an expert once a route, ids drawn evenly: of the
- * T (T - 1) / 2 pairs of tokens each shares K^2 / E experts. */
+/* How many other routes ask for the expert of a route, ids drawn evenly. */
+static double others_of_route(const wd_moe_shape *s) {
+  return (double)(s->tokens - 1) * s->top_k / s->experts;
+}
+/* Bytes of weights that a call reads more than once when it reads an expert once a route: each pair counts once. */
 static double bytes_read_again(const wd_moe_shape *s) {
-  const double pairs = (double)s->tokens * (double)(s->tokens - 1) / 2,
-               shared = (double)s->top_k * s->top_k / s->experts;
-  return pairs * shared * 3 * s->hidden * s->intermediate * 2;
+  return (double)(s->tokens * s->top_k) * others_of_route(s) / 2 * 3 * s->hidden * s->intermediate * 2;
 }
 
-/* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route: it
- * is chosen where what it reads again takes no longer than that. From twelve routes an expert on: tiled, which prepares
- * lists first. Between them, and where tiled does not serve: grouped. */
+/* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route, from
+ * L2 where the routes run side by side: it is chosen where what it reads again takes no longer than that, or, of up to
+ * four tokens, is little beside the rest. From twelve routes an expert on: tiled, which prepares lists first. Between
+ * them, and where tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
-    return bytes_read_again(shape) <= 40e6;
+    return bytes_read_again(shape) <= 40e6 || (shape->tokens <= 4 && others_of_route(shape) <= 0.3);
   case WD_CUDA_TILED:
     return shape->tokens * shape->top_k >= 12 * (int64_t)shape->experts;
   default:
