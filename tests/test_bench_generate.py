@@ -148,6 +148,17 @@ def test_null_experts_run_no_experts():
     assert not [name for name in variants.FORWARD if name.startswith("warpdecode_bench")]
 
 
+def test_null_experts_keep_the_router_in_compiled_code():
+    def step(hidden_states, logits):
+        weights, ids = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), 4, -1)
+        return variants._null_forward(None, hidden_states, ids, weights / weights.sum(-1, keepdim=True))
+
+    hidden_states = torch.randn(3, 32, dtype=torch.bfloat16)
+    found, code = run_and_get_code(torch.compile(step, fullgraph=True), hidden_states, torch.randn(3, 16))
+    assert "topk" in "".join(code)
+    torch.testing.assert_close(found, hidden_states)
+
+
 def test_a_generation_is_timed_token_by_token():
     model = build("qwen3-30b-a3b", "cpu", **SMALL["qwen3-30b-a3b"])
     found = generation.generate(model, torch.randint(0, 96, (2, 5)), 7, static=False)

@@ -2,7 +2,7 @@
 
     python -m warpdecode.bench.end_to_end --models qwen3-30b-a3b --modes static --output results.jsonl
 
-Null experts return their input and read no weights: no kernel can be faster. Variants run in turn in one process, on
+Null experts are the identity, weighted and added as the router says, and read no weights: no kernel can be faster. Variants run in turn in one process, on
 the same weights. A row is the time of a decode step, whose quotient with the batch is tokens per second; the speed of
 the whole call, prompt and first token included, is beside it.
 

@@ -35,8 +35,9 @@ DEFAULT = {"static": ("stock", "patched", "null"), "eager": ("stock", "eager", "
 
 
 def _null_forward(module, hidden_states, top_k_index, top_k_weights):
-    # Its input; but the router's weights are used, or torch.compile would drop the router, which is not the experts'.
-    return hidden_states + (0 * top_k_weights.sum(-1, keepdim=True)).to(hidden_states.dtype)
+    # Each expert returns its input. The router's weights matter, or torch.compile drops the router, top-k and all, as it
+    # does for a product with 0.
+    return (hidden_states * top_k_weights.sum(-1, keepdim=True)).to(hidden_states.dtype)
 
 
 @contextmanager
