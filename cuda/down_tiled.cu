@@ -70,7 +70,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   RowMaps row_maps;
   CUtensorMap column_map;
   WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
-                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T>::kBoxRows));
+                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T>::kBoxRows, s.kept));
   row_maps.box[1] = row_maps.box[0]; // not used
   WD_TRY(describe_columns(&column_map, columns, s.intermediate, 2 * wd_column_groups(&s), Sizes::kBox));
   dim3 grid;

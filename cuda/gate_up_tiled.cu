@@ -107,7 +107,7 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   for (int i = 0; i < 2; i++) {
     const wd_matrix &m = i == 1 && has_up ? args.up : args.gate;
     WD_TRY(describe_rows(&row_maps.box[i], (const T *)m.data + m.offset, s.hidden, last + s.intermediate, m.row_stride,
-                         GateUp<T>::kBoxRows));
+                         GateUp<T>::kBoxRows, s.kept));
   }
   WD_TRY(describe_columns(&column_map, columns, s.hidden, wd_column_groups(&s), Sizes::kBox));
   dim3 grid;

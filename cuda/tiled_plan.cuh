@@ -2,6 +2,7 @@
 #pragma once
 #include "columns.cuh"
 #include "device.cuh"
+#include "kept.cuh"
 #include "launch.cuh"
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
@@ -38,9 +39,11 @@ struct TiledPlan {
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do
 };
 
-// Routes [first, first + count) of the expert's list, whose columns begin at `group`. units == 0: no item.
+// Routes [first, first + count) of the expert's list, whose columns begin at `group`; units of rows from `unit` on.
+// policy: what becomes of the rows in L2. units == 0: no item.
 struct Item {
   int expert, unit, units, first, count, group;
+  uint64_t policy;
 };
 constexpr int kItems = 8; // places for items: the bringing thread is ahead by the stages, at most an item each
 
@@ -115,6 +118,7 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   item.expert = low;
   item.unit = local / tiles * plan.together;
   item.units = min(plan.together, plan.units - item.unit);
+  item.policy = s.kept && tiles == 1 ? policy_for_once() : policy_as_usual();
   item.first = offset + tile * share;
   item.count = min(share, count - tile * share);
   item.group = first_group(offset, low, s) + tile * share / kGroup;

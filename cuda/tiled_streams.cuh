@@ -19,7 +19,7 @@ template <class Sizes, class Op> struct Bringer {
 #pragma unroll
       for (int box = 0; box < BOXES; box++)
         copy_rows(shared.rows[stage][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], step * kStep,
-                  item.expert * plan.expert_rows + op.box(item.unit + unit, box), &shared.full[stage]);
+                  item.expert * plan.expert_rows + op.box(item.unit + unit, box), &shared.full[stage], item.policy);
   }
   __device__ __forceinline__ void run() const {
     const int steps = steps_of(op.length());

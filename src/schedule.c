@@ -9,8 +9,7 @@ static const wd_kernel cuda_kernels[] = {
      "a warp a route's rows, for few tokens; top_k up to 16, 10 where a block has 99 KB of shared memory", kDLCUDA,
      NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, 256 rows a block, for twelve tokens an expert and more; compute capability 9.0, up to 512 experts, rows "
-     "in "
+     "wgmma, 256 rows a block, for eight tokens an expert and more; compute capability 9.0, up to 512 experts, rows in "
      "one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
@@ -59,14 +58,15 @@ static double bytes_read_again(const wd_moe_shape *s) {
 
 /* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route, from
  * L2 where the routes run side by side: it is chosen where what it reads again takes no longer than that, or, of up to
- * four tokens, is little beside the rest. From twelve routes an expert on: tiled, which prepares lists first. Between
- * them, and where tiled does not serve: grouped. */
+ * four tokens, is little beside the rest. From eight routes an expert on: tiled, which prepares lists first; it takes
+ * some steps' time to finish an item, so where down's rows are short, from twelve. Between them, and where tiled does
+ * not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
     return bytes_read_again(shape) <= 40e6 || (shape->tokens <= 4 && others_of_route(shape) <= 0.3);
   case WD_CUDA_TILED:
-    return shape->tokens * shape->top_k >= 12 * (int64_t)shape->experts;
+    return shape->tokens * shape->top_k >= (shape->intermediate < 640 ? 12 : 8) * (int64_t)shape->experts;
   default:
     return 1;
   }
