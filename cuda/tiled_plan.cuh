@@ -118,7 +118,7 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   item.expert = low;
   item.unit = local / tiles * plan.together;
   item.units = min(plan.together, plan.units - item.unit);
-  item.policy = s.kept && tiles == 1 ? policy_for_once() : policy_as_usual();
+  item.policy = !s.kept ? 0 : tiles == 1 ? policy_for_once() : policy_as_usual();
   item.first = offset + tile * share;
   item.count = min(share, count - tile * share);
   item.group = first_group(offset, low, s) + tile * share / kGroup;
