@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 
 import warpdecode.hf

@@ -2,9 +2,9 @@
 
     python -m warpdecode.bench.end_to_end --models qwen3-30b-a3b --modes static --output results.jsonl
 
-Null experts are the identity, weighted and added as the router says, and read no weights: no kernel can be faster. Variants run in turn in one process, on
-the same weights. A row is the time of a decode step, whose quotient with the batch is tokens per second; the speed of
-the whole call, prompt and first token included, is beside it.
+Null experts are the identity, weighted and added as the router says, and read no weights: no kernel can be faster.
+Variants run in turn in one process, on the same weights. A row is the time of a decode step, whose quotient with the
+batch is tokens per second; the speed of the whole call, prompt and first token included, is beside it.
 
 Modes: `static` is generate(cache_implementation="static"), whose step transformers compiles on a GPU, into CUDA graphs;
 `eager` is generate() as it is. Variants: `stock` is what generate() chooses where nobody asks for anything (on a GPU
