@@ -35,8 +35,8 @@ DEFAULT = {"static": ("stock", "patched", "null"), "eager": ("stock", "eager", "
 
 
 def _null_forward(module, hidden_states, top_k_index, top_k_weights):
-    # Each expert returns its input. The router's weights matter: behind a product with 0 torch.compile drops the router,
-    # top-k and all.
+    # Each expert returns its input. The router's weights matter: behind a product with 0 torch.compile drops the
+    # router, top-k and all.
     return (hidden_states * top_k_weights.sum(-1, keepdim=True)).to(hidden_states.dtype)
 
 
