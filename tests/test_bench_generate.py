@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 
 import warpdecode.hf
-from warpdecode.bench import end_to_end, generation, variants
+from warpdecode.bench import end_to_end, generation, reading, variants
 from warpdecode.bench.decode_floor import logits_of_another_path
 from warpdecode.bench.random_models import MODELS, build, twin
 from warpdecode.bench.report import report
@@ -139,12 +140,13 @@ def test_null_experts_run_no_experts():
     model = build("qwen3-30b-a3b", "cpu", **SMALL["qwen3-30b-a3b"])
     tokens = torch.arange(6).view(2, 3)
     with variants.registered(), torch.no_grad():
-        names = ("stock", "eager", "grouped_mm", "batched_mm", "patched", "null")
+        names = ("stock", "eager", "grouped_mm", "batched_mm", "patched", "null", "read")
         models = {name: variants.model_of(model, name) for name in names}
         for experts in variants.experts_of(model):
             experts.gate_up_proj.fill_(float("nan"))
         logits = {name: each(tokens).logits for name, each in models.items()}
-    assert torch.isfinite(logits.pop("null")).all()
+    null = logits.pop("null")
+    assert torch.isfinite(null).all() and torch.equal(logits.pop("read"), null)
     assert all(found.isnan().all() for found in logits.values())
     assert not [name for name in variants.FORWARD if name.startswith("warpdecode_bench")]
 
@@ -158,6 +160,34 @@ def test_null_experts_keep_the_router_in_compiled_code():
     found, code = run_and_get_code(torch.compile(step, fullgraph=True), hidden_states, torch.randn(3, 16))
     assert "topk" in "".join(code)
     torch.testing.assert_close(found, hidden_states)
+
+
+def test_experts_that_read_read_what_a_step_reads(tmp_path, monkeypatch):
+    sizes = []
+    read_memory = reading.read_memory
+    monkeypatch.setattr(
+        reading, "read_memory", lambda memory, sink: sizes.append(tuple(memory.shape)) or read_memory(memory, sink)
+    )
+    code, (row,) = run(
+        tmp_path / "rows.jsonl", "qwen3-30b-a3b", "--modes", "static", "--batch", "3", "--variants", "read"
+    )
+    assert code == 0 and row["implementation"] == "read" and row["compiled"]["graph_breaks"] == 0
+    met = reading.experts_met(8, 2, 3)
+    assert met == 5  # 8 (1 - 0.75^3) = 4.6
+    assert set(sizes[-4:]) == {(met, 64, 64), (met, 64, 32)}  # a step of two layers
+
+
+def test_as_many_experts_are_met_as_draws_meet():
+    drawn = [len({e for _ in range(8) for e in random.sample(range(32), 4)}) for _ in range(2000)]
+    assert reading.experts_met(32, 4, 8) == round(
+        sum(drawn) / len(drawn)
+    )  # 21.00: 0.5 away is 8 deviations of the mean
+    assert reading.experts_met(32, 4, 1) == 4 and reading.experts_met(8, 8, 5) == 8
+
+
+def test_reading_is_an_operator():
+    weights = torch.randn(4, 16, 8), torch.randn(4, 8, 8)
+    torch.library.opcheck(torch.ops.warpdecode_bench.read_experts.default, (torch.randn(2, 8), *weights, 2))
 
 
 def test_a_generation_is_timed_token_by_token():

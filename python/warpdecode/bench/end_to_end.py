@@ -9,7 +9,8 @@ batch is tokens per second; the speed of the whole call, prompt and first token 
 Modes: `static` is generate(cache_implementation="static"), whose step transformers compiles on a GPU, into CUDA graphs;
 `eager` is generate() as it is. Variants: `stock` is what generate() chooses where nobody asks for anything (on a GPU
 batched_mm in decode steps); `eager`, `batched_mm` and `grouped_mm` are transformers' implementations by their names;
-`patched` is warpdecode.hf.patch(model, strict=True); `null`.
+`patched` is warpdecode.hf.patch(model, strict=True); `null`; `read`, null experts behind a plain read of as many
+experts as ids drawn evenly name.
 """
 
 from __future__ import annotations
