@@ -179,7 +179,8 @@ static int schedule_runs(wd_cuda_schedule schedule, int device) {
 int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape) {
   if (schedule == WD_CUDA_DIRECT) {
     int limit = 0;
-    if (shape->top_k > WD_CUDA_DIRECT_MAX_TOP_K || wd::shared_memory_on(device, &limit) != WD_OK ||
+    if (shape->top_k > WD_CUDA_DIRECT_MAX_TOP_K || shape->hidden > WD_CUDA_DIRECT_MAX_ROWS ||
+        shape->intermediate > WD_CUDA_DIRECT_MAX_ROWS || wd::shared_memory_on(device, &limit) != WD_OK ||
         (int)wd::direct_shared_bytes(shape->top_k, WD_CUDA_DIRECT_RING) > limit)
       return 0;
   }

@@ -6,10 +6,10 @@
 // bits.
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
-// expert, a unit for each warpgroup, up to COLUMNS / PARTS routes. Blocks stay and take item after item, so that an
-// item's first steps are on their way while the one before is finished; they take what is next, because
-// multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache). Which block computes a row
-// changes no bit.
+// expert, a unit for each warpgroup (or one alone: the other then multiplies for nothing), up to COLUMNS / PARTS
+// routes. Blocks stay and take item after item, so that an item's first steps are on their way while the one before is
+// finished; they take what is next, because multiprocessors differ in speed by an eighth (as many as share a path to
+// the L2 cache). Which block computes a row changes no bit.
 #pragma once
 #include "tiled_streams.cuh"
 

@@ -32,7 +32,7 @@ using ManyRoutes = TiledSizes<128, 4, 4>;
 // What the items of a call are cut from.
 struct TiledPlan {
   int units;        // of an expert
-  int together;     // units of an item: kUnits, or 1 where there would be fewer items than multiprocessors
+  int together;     // units of an item: kUnits, or 1 where there can only be fewer items than multiprocessors
   int expert_rows;  // from an expert's first row to the next one's, in the matrices that the boxes come from
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
@@ -62,8 +62,8 @@ template <class Sizes> struct TiledShared {
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
 };
 
-// All threads: barriers, and the places of the experts' items. Lists are read past L1, here as elsewhere: where they
-// are read before the grid before has ended, nothing else says that L1 has not those of an earlier call.
+// All threads: barriers, and the places of the experts' items. Lists are read past L1: where they are read before the
+// grid before has ended, nothing else says that L1 has not those of an earlier call.
 template <class Sizes, int ROUTES>
 __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
   const int thread = threadIdx.x;

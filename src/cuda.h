@@ -12,9 +12,11 @@ extern "C" {
 /* The schedules (schedule.c chooses). All give the same bits. */
 typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED, WD_CUDA_TILED } wd_cuda_schedule;
 
-/* Most slots that the direct schedule serves, bytes of shared memory that each needs at least (a ring of two steps of
- * 16 rows and two columns, 256 bytes of each); most experts that the tiled one serves. */
+/* Most slots that the direct schedule serves; most hidden values and most neurons (the second axis of a grid, blocks of
+ * 16 rows and more); bytes of shared memory that a slot needs at least (a ring of two steps of 16 rows and two columns,
+ * 256 bytes of each); most experts that the tiled one serves. */
 #define WD_CUDA_DIRECT_MAX_TOP_K 16
+#define WD_CUDA_DIRECT_MAX_ROWS (16 * 65535)
 #define WD_CUDA_DIRECT_RING (2 * (16 + 2) * 256)
 #define WD_CUDA_TILED_MAX_EXPERTS 512
 
@@ -22,7 +24,7 @@ typedef enum { WD_CUDA_DIRECT, WD_CUDA_GROUPED, WD_CUDA_TILED } wd_cuda_schedule
 #define WD_CUDA_MOST_ROUTES (1 << 17)
 
 /* 1 when the schedule serves this shape on this device: tiled needs compute capability 9.0 and a build for it, and
- * weights as rows in one piece; direct room for a ring a slot. */
+ * weights as rows in one piece; direct room for a ring a slot, and rows that its grid has room for. */
 int wd_cuda_serves(wd_cuda_schedule schedule, int32_t device, const wd_moe_shape *shape);
 
 /* Makes `device` current and remembers the one that was; wd_cuda_leave restores it. Fails with WD_NO_CUDA where this

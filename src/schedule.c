@@ -6,10 +6,12 @@
 #ifdef WD_WITH_CUDA
 static const wd_kernel cuda_kernels[] = {
     {"cuda_direct",
-     "a warp a route's rows, for few tokens; top_k up to 16, 10 where a block has 99 KB of shared memory", kDLCUDA,
-     NULL, WD_CUDA_DIRECT},
+     "a warp a route's rows, for few tokens; top_k up to 16, 10 where a block has 99 KB of shared memory; hidden and "
+     "intermediate up to 1048560",
+     kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, 256 rows a block, for eight tokens an expert and more; compute capability 9.0, up to 512 experts, rows in "
+     "wgmma, up to 256 rows a block, for eight tokens an expert and more, twelve where intermediate is below 640; "
+     "compute capability 9.0, up to 512 experts, rows in "
      "one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,

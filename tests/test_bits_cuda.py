@@ -145,6 +145,18 @@ def test_a_thousand_replays(cuda, tokens):
     assert differing.item() == 0
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(1 << 20, 8), (8, 1 << 20)])
+def test_direct_leaves_rows_that_its_grid_has_no_room_for(cuda, hidden, intermediate):
+    layer = make_layer(1, hidden, intermediate, torch.bfloat16, cuda)
+    one = make_tokens(layer, 1, 1, seed=3)
+    chosen, grouped = (
+        warpdecode.Experts(layer.gate_up, layer.down, kernel=name)(*one) for name in (None, "cuda_grouped")
+    )
+    assert torch.equal(chosen, grouped) and chosen.isfinite().all()
+    with pytest.raises(ValueError, match="hidden and intermediate up to 1048560"):
+        warpdecode.Experts(layer.gate_up, layer.down, kernel="cuda_direct")(*one)
+
+
 @pytest.mark.parametrize("kernel", ["cuda_grouped", "cuda_tiled"])
 def test_replays_with_other_ids(cuda, kernel):
     """The lists of routes lie where those of the replay before lay, and nothing of those may be read."""
