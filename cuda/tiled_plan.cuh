@@ -133,8 +133,8 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   return columns <= 96 ? 96 : 128;
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items. Few of them share their rows
-// among twice as many: half of a block's warpgroups then have none.
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Where that would be few, an
+// item has one unit, so that twice as many blocks read.
 inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));

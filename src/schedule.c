@@ -11,8 +11,7 @@ static const wd_kernel cuda_kernels[] = {
      kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
      "wgmma, up to 256 rows a block, for eight tokens an expert and more, twelve where intermediate is below 640; "
-     "compute capability 9.0, up to 512 experts, rows in "
-     "one piece",
+     "compute capability 9.0, up to 512 experts, rows in one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
      WD_CUDA_GROUPED},
