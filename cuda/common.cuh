@@ -75,6 +75,26 @@ __device__ __forceinline__ void allow_next_grid() {
 #endif
 }
 
+// ---- between grids that run side by side ----------------------------------------------------------------------------
+
+__device__ __forceinline__ void store_relaxed(int32_t *p, int32_t value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ int32_t load_relaxed(const int32_t *p) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+// Whoever reads this value with load_acquire() reads what this thread, and those that it has met, wrote before.
+__device__ __forceinline__ void store_release(int32_t *p, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ int32_t load_acquire(const int32_t *p) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // ---- rows in chunks -------------------------------------------------------------------------------------------------
 
 // Chunks of a row of `length` values.
@@ -127,6 +147,7 @@ struct RouteLists {
   const int32_t *offsets; // [E + 1], or NULL: the block searches topk_ids itself
   const int32_t *routes;  // [T*K], the routes of expert e at offsets[e] .. offsets[e+1]
   int32_t *taken;         // [2], zeros: for gate_up and down, how many items blocks have taken
+  int32_t *served;        // [E + 1], zeros: units that tiled's gate_up has served, of each expert, of all
 };
 
 } // namespace wd

@@ -24,9 +24,9 @@
 namespace wd {
 
 // The block's rows of one expert against 8*TILES routes.
-template <class T, class Rows, class Sizes, int TILES>
+template <class T, class Rows, class Sizes, int TILES, class Wait>
 __device__ __forceinline__ void down_routes(const wd_down_args &args, int expert, const int32_t *routes, int count,
-                                            uint32_t ring, bool wait) {
+                                            uint32_t ring, Wait wait) {
   const wd_moe_shape &s = args.shape;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = (blockIdx.x * Sizes::kWarps + warp) * 16 * Rows::kTiles;
@@ -36,10 +36,7 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, int expert
       [&](int i, int part) {
         return i < count ? (const T *)args.intermediate + ((int64_t)routes[i] * 2 + part) * s.intermediate : nullptr;
       },
-      s.intermediate, ring,
-      [&] {
-        if (wait) wait_for_previous_grid();
-      });
+      s.intermediate, ring, wait);
   const uint64_t policy = policy_for_kept(s);
 #pragma unroll
   for (int row_tile = 0; row_tile < Rows::kTiles; row_tile++)
@@ -65,7 +62,8 @@ __device__ __forceinline__ void down_routes(const wd_down_args &args, int expert
 // grid (H / rows of the warps, experts, splits of long lists), block Sizes::kThreads; scratch: v[T*K, H]
 template <class T, class Rows, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, 2)
-    down_grouped(const __grid_constant__ wd_down_args args, RouteLists lists, bool dependent) {
+    down_grouped(const __grid_constant__ wd_down_args args, RouteLists lists, bool dependent,
+                 const __grid_constant__ Flags flags) {
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ int32_t warp_counts[Sizes::kWarps];
   int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<Rows>(2));
@@ -75,7 +73,10 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
   const int32_t *routes;
   const int count = serve_routes(blockIdx.y, s, args.topk_ids, lists, searched, warp_counts, &routes, &expert);
   const uint32_t shared = shared_address(ring);
-  bool wait = dependent;
+  bool waits = dependent;
+  const auto wait = [&] {
+    if (waits) flags.meet(count);
+  };
   for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
     const int left = min(Sizes::kRoutes, count - first);
     if (Sizes::kTiles > 2 && left > 16)
@@ -84,38 +85,50 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
       down_routes<T, Rows, Sizes, Sizes::kMiddleTiles>(args, expert, routes + first, left, shared, wait);
     else
       down_routes<T, Rows, Sizes, 1>(args, expert, routes + first, left, shared, wait);
-    wait = false;
+    waits = false;
   }
-  // One block always waits, work or not, so that the end of this grid implies the end of gate_up for whatever follows.
-  // The other empty blocks leave at once: waiting, they would keep the SMs from those that have weights to load.
-  if (wait && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_grid();
+  // One block always waits for it, work or not, so that the end of this grid implies the end of gate_up for whatever
+  // follows. The other empty blocks leave at once: waiting, they would keep the SMs from those that have weights to
+  // load.
+  if (dependent && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_grid();
 }
 
 template <class T, class Rows, class Sizes>
-wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
+wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, const Flags &flags,
+                         cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles * Sizes::kWarps;
-  return launch_shared<down_grouped<T, Rows, Sizes>>(
-      "down_grouped", dim3((s.hidden + kRows - 1) / kRows, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
-      Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream, dependent, args, lists, dependent);
+  const dim3 grid((s.hidden + kRows - 1) / kRows, serving_blocks(s), list_splits(s));
+  // Large blocks that all run at once begin together, or those that begin late end late: Mixtral-8x7B at T = 16 took
+  // 650 us, with flags 655.
+  int sms;
+  WD_TRY(multiprocessors(&sms));
+  const bool together = Sizes::kWarps > 4 && grid.x * grid.y <= 2 * (unsigned)sms;
+  return launch_shared<down_grouped<T, Rows, Sizes>>("down_grouped", grid, dim3(Sizes::kThreads),
+                                                     Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream,
+                                                     dependent, args, lists, dependent, together ? Flags{} : flags);
 }
 
 // The ring as deep as leaves room for two to five blocks an SM; GPUs with 99 KB for a block have shorter ones.
 template <class T>
-wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, cudaStream_t stream) {
+wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, const Flags &flags,
+                              cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   if (args.down.k_stride != 1) {
     using Rows = TransposedRows<T, 4>;
-    if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<2, 1, 4>>(args, lists, dependent, stream);
-    return launch_grouped<T, Rows, GroupedSizes<2, 2, 4>>(args, lists, dependent, stream);
+    if (routes_an_expert(s, 2))
+      return launch_grouped<T, Rows, GroupedSizes<2, 1, 4>>(args, lists, dependent, flags, stream);
+    return launch_grouped<T, Rows, GroupedSizes<2, 2, 4>>(args, lists, dependent, flags, stream);
   }
   using Rows = PlainRows<T, 64>;
-  if (routes_an_expert(s, 2)) return launch_grouped<T, Rows, GroupedSizes<4, 1, 5>>(args, lists, dependent, stream);
-  if (routes_an_expert(s, 12)) return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, stream);
+  if (routes_an_expert(s, 2))
+    return launch_grouped<T, Rows, GroupedSizes<4, 1, 5>>(args, lists, dependent, flags, stream);
+  if (routes_an_expert(s, 12))
+    return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, flags, stream);
   bool deep;
   WD_TRY((has_room<GroupedSizes<8, 4, 4>, Rows>(&deep, s, 2)));
-  return deep ? launch_grouped<T, Rows, GroupedSizes<8, 4, 4>>(args, lists, dependent, stream)
-              : launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, stream);
+  return deep ? launch_grouped<T, Rows, GroupedSizes<8, 4, 4>>(args, lists, dependent, flags, stream)
+              : launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, flags, stream);
 }
 
 constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on their way together
@@ -165,8 +178,10 @@ __global__ void __launch_bounds__(kCombineThreads, 4)
 }
 
 template <class T>
-wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_gate_up, cudaStream_t stream) {
+wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cuda_handover *handover,
+               cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
+  const bool behind_gate_up = handover != nullptr;
   bool early_launch;
   WD_TRY(serves_dependent_launch(&early_launch));
   const bool dependent = behind_gate_up && early_launch;
@@ -183,9 +198,10 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
     lists = sorted_routes(s, args.scratch);
   }
   if (schedule == WD_CUDA_TILED)
-    WD_TRY(down_tiled(args, lists, columns, dependent, stream));
+    WD_TRY(down_tiled(args, lists, columns, dependent, dependent ? handover->row_blocks : 0, stream));
   else
-    WD_TRY(launch_some_grouped<T>(args, lists, dependent, stream));
+    WD_TRY(launch_some_grouped<T>(args, lists, dependent, dependent ? flags_of(s, args.scratch, *handover) : Flags{},
+                                  stream));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
   return launch_shared<combine_slots<T>>("combine_slots", dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads),
                                          0, stream, early_launch, args, row_blocks);
@@ -194,15 +210,17 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, bool behind_
 } // namespace wd
 
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
-  // v[T*K, H], or before it the columns of hidden states
-  const size_t v = (size_t)s->tokens * s->top_k * s->hidden * sizeof(float);
+  // v[T*K, H] and flags, or before them the columns of hidden states
+  const size_t v = wd::down_values_bytes(*s) + wd::flags_bytes(*s);
   const size_t columns = (size_t)wd_column_groups(s) * wd::group_bytes(s->hidden);
-  return wd::sorted_routes_span(*s) + wd::align16(v > columns ? v : columns);
+  const size_t both = wd::down_values_bytes(*s) + columns, either = v > columns ? v : columns;
+  return wd::sorted_routes_span(*s) + wd::align16(wd::meets_by_expert(*s) && both > v ? both : either);
 }
 
-wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {
+wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, const wd_cuda_handover *handover,
+                       void *stream) {
   wd_down_args own = *args;
   WD_TRY(wd::find_kept(&own.shape));
-  return own.shape.dtype == WD_BF16 ? wd::down<wd::bf16>(own, schedule, dependent != 0, (cudaStream_t)stream)
-                                    : wd::down<wd::f16>(own, schedule, dependent != 0, (cudaStream_t)stream);
+  return own.shape.dtype == WD_BF16 ? wd::down<wd::bf16>(own, schedule, handover, (cudaStream_t)stream)
+                                    : wd::down<wd::f16>(own, schedule, handover, (cudaStream_t)stream);
 }

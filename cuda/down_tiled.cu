@@ -12,6 +12,9 @@ namespace wd {
 
 template <class T> struct Down {
   static constexpr int kParts = 2;
+  static constexpr bool kTells = false;
+  __device__ __forceinline__ void tell(const Item &) const {
+  }
   const wd_down_args &args;
 
   __device__ __forceinline__ int length() const {
@@ -61,12 +64,17 @@ __global__ void __launch_bounds__(kTiledThreads, 1)
 
 template <class T, class Sizes>
 static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                            cudaStream_t stream) {
+                            int awaited_units, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   const wd_matrix &m = args.down;
   const int64_t expert_rows = m.expert_stride / m.row_stride;
-  TiledPlan plan = {
-      (s.hidden + kUnitRows - 1) / kUnitRows, kUnits, (int)expert_rows, lists, lists.taken + 1, dependent};
+  TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows,
+                    kUnits,
+                    (int)expert_rows,
+                    lists,
+                    lists.taken + 1,
+                    dependent,
+                    awaited_units};
   RowMaps row_maps;
   CUtensorMap column_map;
   WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
@@ -81,15 +89,16 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
 
 template <class T>
 static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                            cudaStream_t stream) {
-  return routes_an_expert(args.shape, kFewRoutes) ? down_sizes<T, FewRoutes>(args, lists, columns, dependent, stream)
-                                                  : down_sizes<T, ManyRoutes>(args, lists, columns, dependent, stream);
+                            int awaited_units, cudaStream_t stream) {
+  return routes_an_expert(args.shape, kFewRoutes)
+             ? down_sizes<T, FewRoutes>(args, lists, columns, dependent, awaited_units, stream)
+             : down_sizes<T, ManyRoutes>(args, lists, columns, dependent, awaited_units, stream);
 }
 
 wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                     cudaStream_t stream) {
-  return args.shape.dtype == WD_BF16 ? down_dtype<bf16>(args, lists, columns, dependent, stream)
-                                     : down_dtype<f16>(args, lists, columns, dependent, stream);
+                     int awaited_units, cudaStream_t stream) {
+  return args.shape.dtype == WD_BF16 ? down_dtype<bf16>(args, lists, columns, dependent, awaited_units, stream)
+                                     : down_dtype<f16>(args, lists, columns, dependent, awaited_units, stream);
 }
 
 } // namespace wd

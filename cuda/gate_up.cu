@@ -43,10 +43,11 @@ __global__ void __launch_bounds__(32 * kDirectWarps<typename Neurons::Rows>)
   own.store(c, 1, [&](int) { return route; }); // all columns are the same route: the first is stored
 }
 
-// The block's neurons against 8*TILES routes. routes: the list, `count` of it valid (>= 1).
-template <class T, class Neurons, class Sizes, int TILES>
+// The block's neurons against 8*TILES routes. routes: the list, `count` of it valid (>= 1). begun(): when the first
+// copies are on their way.
+template <class T, class Neurons, class Sizes, int TILES, class Begun>
 __device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, bool plain, int expert,
-                                               const int32_t *routes, int count, uint32_t ring) {
+                                               const int32_t *routes, int count, uint32_t ring, Begun begun) {
   const wd_moe_shape &s = args.shape;
   Neurons own(args, plain, expert, blockIdx.x * Sizes::kWarps + threadIdx.x / 32);
   float c[Neurons::Rows::kTiles][1][TILES][4];
@@ -55,31 +56,38 @@ __device__ __forceinline__ void gate_up_routes(const wd_gate_up_args &args, bool
       [&](int i, int) {
         return i < count ? (const T *)args.hidden_states + (int64_t)(routes[i] / s.top_k) * s.hidden : nullptr;
       },
-      s.hidden, ring, [&] { own.look_up(); });
+      s.hidden, ring, [&] { begun(), own.look_up(); });
   if (own.first < s.intermediate) own.store(c, count, [&](int i) { return (int64_t)routes[i]; });
 }
 
 // grid (warps of an expert / warps, experts, splits of long lists), block Sizes::kThreads
 template <class T, class Neurons, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, 2)
-    gate_up_grouped(const __grid_constant__ wd_gate_up_args args, bool plain, RouteLists lists) {
+    gate_up_grouped(const __grid_constant__ wd_gate_up_args args, bool plain, RouteLists lists,
+                    const __grid_constant__ Flags flags) {
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ int32_t warp_counts[Sizes::kWarps];
   int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<typename Neurons::Rows>(1));
-  allow_next_grid();
+  flags.begin();
   int expert;
   const int32_t *routes;
   const int count = serve_routes(blockIdx.y, args.shape, args.topk_ids, lists, searched, warp_counts, &routes, &expert);
   const uint32_t shared = shared_address(ring);
+  bool begins = true;
+  const auto begun = [&] {
+    if (begins) flags.begun();
+    begins = false;
+  };
   for (int first = Sizes::kRoutes * blockIdx.z; first < count; first += Sizes::kRoutes * gridDim.z) {
     const int left = min(Sizes::kRoutes, count - first);
     if (Sizes::kTiles > 2 && left > 16)
-      gate_up_routes<T, Neurons, Sizes, Sizes::kTiles>(args, plain, expert, routes + first, left, shared);
+      gate_up_routes<T, Neurons, Sizes, Sizes::kTiles>(args, plain, expert, routes + first, left, shared, begun);
     else if (Sizes::kTiles > 1 && left > 8)
-      gate_up_routes<T, Neurons, Sizes, Sizes::kMiddleTiles>(args, plain, expert, routes + first, left, shared);
+      gate_up_routes<T, Neurons, Sizes, Sizes::kMiddleTiles>(args, plain, expert, routes + first, left, shared, begun);
     else
-      gate_up_routes<T, Neurons, Sizes, 1>(args, plain, expert, routes + first, left, shared);
+      gate_up_routes<T, Neurons, Sizes, 1>(args, plain, expert, routes + first, left, shared, begun);
   }
+  if (!begins) flags.served();
 }
 
 template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args &args, cudaStream_t stream) {
@@ -95,23 +103,29 @@ template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args 
 }
 
 template <class T, class Neurons, class Sizes>
-wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
+wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, wd_cuda_handover *handover,
+                         cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
+  const int row_blocks = (warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps;
+  static_assert(Sizes::kWarps * Neurons::kLeastOfWarp >= kFlagNeurons, "as flags_bytes() counts");
+  bool early_launch;
+  WD_TRY(serves_dependent_launch(&early_launch));
+  if (handover && early_launch && has_flags(s)) *handover = {row_blocks, (int32_t)list_splits(s), Sizes::kRoutes};
   return launch_shared<gate_up_grouped<T, Neurons, Sizes>>(
-      "gate_up_grouped",
-      dim3((warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps, serving_blocks(s), list_splits(s)),
-      dim3(Sizes::kThreads), Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, false,
-      args, is_plain(args), lists);
+      "gate_up_grouped", dim3(row_blocks, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
+      Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, false, args, is_plain(args),
+      lists, handover ? flags_of(s, args.scratch, *handover) : Flags{});
 }
 
 // Rings as deep as two to five blocks an SM leave room for; GPUs with 99 KB for a block have shorter ones.
 template <class T>
-wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lists, cudaStream_t stream) {
+wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lists, wd_cuda_handover *handover,
+                              cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   if (args.gate.k_stride != 1) {
     using Neurons = TransposedNeurons<T, 4>;
-    if (routes_an_expert(s, 2)) return launch_grouped<T, Neurons, GroupedSizes<2, 1, 4>>(args, lists, stream);
-    return launch_grouped<T, Neurons, GroupedSizes<2, 2, 4>>(args, lists, stream);
+    if (routes_an_expert(s, 2)) return launch_grouped<T, Neurons, GroupedSizes<2, 1, 4>>(args, lists, handover, stream);
+    return launch_grouped<T, Neurons, GroupedSizes<2, 2, 4>>(args, lists, handover, stream);
   }
   using Wide = PlainNeurons<T, 128>;
   using Narrow = PlainNeurons<T, 64>;
@@ -121,18 +135,19 @@ wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lis
     const int blocks = (warps_of_expert<Wide>(args) + 3) / 4;
     WD_TRY(waves_filled(&five, s, blocks, 5));
     WD_TRY(waves_filled(&four, s, blocks, 4));
-    if (five > four + 0.1) return launch_grouped<T, Wide, GroupedSizes<4, 1, 2>>(args, lists, stream);
-    return launch_grouped<T, Wide, GroupedSizes<4, 1, 3>>(args, lists, stream);
+    if (five > four + 0.1) return launch_grouped<T, Wide, GroupedSizes<4, 1, 2>>(args, lists, handover, stream);
+    return launch_grouped<T, Wide, GroupedSizes<4, 1, 3>>(args, lists, handover, stream);
   }
-  if (!routes_an_expert(s, 12)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, stream);
+  if (!routes_an_expert(s, 12)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, handover, stream);
   bool deep;
   WD_TRY((has_room<GroupedSizes<8, 2, 3>, typename Wide::Rows>(&deep, s, 1)));
-  if (deep) return launch_grouped<T, Wide, GroupedSizes<8, 2, 3>>(args, lists, stream);
-  return launch_grouped<T, Narrow, GroupedSizes<8, 2, 5>>(args, lists, stream);
+  if (deep) return launch_grouped<T, Wide, GroupedSizes<8, 2, 3>>(args, lists, handover, stream);
+  return launch_grouped<T, Narrow, GroupedSizes<8, 2, 5>>(args, lists, handover, stream);
 }
 
 template <class T>
-wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool down_follows, cudaStream_t stream) {
+wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, wd_cuda_handover *handover,
+                  cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   if (schedule == WD_CUDA_DIRECT) {
     if (args.gate.k_stride == 1) return launch_direct<T, PlainNeurons<T, 128>>(args, stream);
@@ -146,20 +161,22 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, bool d
   RouteLists lists = {};
   if (schedule == WD_CUDA_TILED || needs_lists(s)) {
     const bool tiled = schedule == WD_CUDA_TILED;
-    void *columns = (char *)args.scratch + sorted_routes_span(s); // where v of down will be
+    // where v of down will be, or behind it
+    void *columns = (char *)args.scratch + sorted_routes_span(s) + (meets_by_expert(s) ? down_values_bytes(s) : 0);
     WD_TRY(sort_routes(s, args.topk_ids, args.scratch, tiled ? args.hidden_states : nullptr, columns, 1, s.hidden,
                        stream));
     lists = sorted_routes(s, args.scratch);
-    if (tiled) return gate_up_tiled(args, lists, columns, down_follows, stream);
+    if (tiled) return gate_up_tiled(args, lists, columns, handover, stream);
   }
-  return launch_some_grouped<T>(args, lists, stream);
+  return launch_some_grouped<T>(args, lists, handover, stream);
 }
 
 } // namespace wd
 
-wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream) {
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, wd_cuda_handover *handover,
+                          void *stream) {
   wd_gate_up_args own = *args;
   WD_TRY(wd::find_kept(&own.shape));
-  return own.shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(own, schedule, down_follows != 0, (cudaStream_t)stream)
-                                    : wd::gate_up<wd::f16>(own, schedule, down_follows != 0, (cudaStream_t)stream);
+  return own.shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(own, schedule, handover, (cudaStream_t)stream)
+                                    : wd::gate_up<wd::f16>(own, schedule, handover, (cudaStream_t)stream);
 }

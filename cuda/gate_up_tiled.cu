@@ -4,6 +4,7 @@
 // half 1, so a lane ends with two neighbouring neurons of a route and stores four bytes.
 #include "gating.cuh"
 #include "kept.cuh"
+#include "routes.cuh"
 #include "tiled.cuh"
 
 namespace wd {
@@ -11,9 +12,17 @@ namespace wd {
 template <class T> struct GateUp {
   static constexpr int kParts = 1;
   const wd_gate_up_args &args;
-  bool for_down; // the intermediate becomes down's columns
-  bool plain;    // is_plain(): worth a path of its own, since no product runs while values are made of sums
+  bool for_down;   // the intermediate becomes down's columns
+  int32_t *served; // RouteLists', or NULL: nobody waits
+  bool plain;      // is_plain(): worth a path of its own, since no product runs while values are made of sums
 
+  static constexpr bool kTells = true;
+  __device__ __forceinline__ void tell(const Item &item) const {
+    if (!served) return;
+    __threadfence();
+    atomicAdd(served + item.expert, item.units);
+    atomicAdd(served + args.shape.experts, item.units);
+  }
   __device__ __forceinline__ int length() const {
     return args.shape.hidden;
   }
@@ -87,21 +96,23 @@ template <class T, class Sizes>
 __global__ void __launch_bounds__(kTiledThreads, 1)
     gate_up_tiled_kernel(const __grid_constant__ wd_gate_up_args args, const __grid_constant__ TiledPlan plan,
                          const __grid_constant__ RowMaps rows, const __grid_constant__ CUtensorMap columns,
-                         bool for_down, bool plain) {
+                         bool for_down, int32_t *served, bool plain) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  tiled<T, Sizes>(GateUp<T>{args, for_down, plain}, args.shape, plan, rows, columns);
+  tiled<T, Sizes>(GateUp<T>{args, for_down, served, plain}, args.shape, plan, rows, columns);
 #endif
 }
 
 template <class T, class Sizes>
 static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
-                               bool down_follows, cudaStream_t stream) {
+                               wd_cuda_handover *handover, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   const bool has_up = args.gating.has_up;
   const int unit_neurons = has_up ? GateUp<T>::kBoxRows : kUnitRows;
   const int64_t expert_rows = args.gate.expert_stride / args.gate.row_stride, last = (s.experts - 1) * expert_rows;
   TiledPlan plan = {
-      (s.intermediate + unit_neurons - 1) / unit_neurons, kUnits, (int)expert_rows, lists, lists.taken, false};
+      (s.intermediate + unit_neurons - 1) / unit_neurons, kUnits, (int)expert_rows, lists, lists.taken, false, 0};
+  const bool told = handover && meets_by_expert(s);
+  if (told) *handover = {plan.units, 1, Sizes::kColumns};
   RowMaps row_maps;
   CUtensorMap column_map;
   for (int i = 0; i < 2; i++) {
@@ -112,23 +123,23 @@ static wd_status gate_up_sizes(const wd_gate_up_args &args, const RouteLists &li
   WD_TRY(describe_columns(&column_map, columns, s.hidden, wd_column_groups(&s), Sizes::kBox));
   dim3 grid;
   WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns));
-  return launch_shared<gate_up_tiled_kernel<T, Sizes>>("gate_up_tiled", grid, dim3(kTiledThreads),
-                                                       sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
-                                                       column_map, down_follows, is_plain(args));
+  return launch_shared<gate_up_tiled_kernel<T, Sizes>>(
+      "gate_up_tiled", grid, dim3(kTiledThreads), sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
+      column_map, handover != nullptr, told ? lists.served : nullptr, is_plain(args));
 }
 
 template <class T>
 static wd_status gate_up_dtype(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
-                               bool down_follows, cudaStream_t stream) {
+                               wd_cuda_handover *handover, cudaStream_t stream) {
   return routes_an_expert(args.shape, kFewRoutes)
-             ? gate_up_sizes<T, FewRoutes>(args, lists, columns, down_follows, stream)
-             : gate_up_sizes<T, ManyRoutes>(args, lists, columns, down_follows, stream);
+             ? gate_up_sizes<T, FewRoutes>(args, lists, columns, handover, stream)
+             : gate_up_sizes<T, ManyRoutes>(args, lists, columns, handover, stream);
 }
 
-wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,
-                        cudaStream_t stream) {
-  return args.shape.dtype == WD_BF16 ? gate_up_dtype<bf16>(args, lists, columns, down_follows, stream)
-                                     : gate_up_dtype<f16>(args, lists, columns, down_follows, stream);
+wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
+                        wd_cuda_handover *handover, cudaStream_t stream) {
+  return args.shape.dtype == WD_BF16 ? gate_up_dtype<bf16>(args, lists, columns, handover, stream)
+                                     : gate_up_dtype<f16>(args, lists, columns, handover, stream);
 }
 
 } // namespace wd

@@ -2,6 +2,7 @@
 #pragma once
 #include "../src/args.h"
 #include "../src/check.h"
+#include "../src/cuda.h"
 #include <atomic>
 #include <cuda_runtime.h>
 
@@ -63,8 +64,8 @@ wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scr
 wd_status down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream);
 // The tiled schedule (tiled.cuh). gate_up leaves columns where the intermediate would be when down of the same call
 // follows. dependent: the grid before is this call's gate_up.
-wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns, bool down_follows,
-                        cudaStream_t stream);
+wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
+                        wd_cuda_handover *handover, cudaStream_t stream);
 wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                     cudaStream_t stream);
+                     int awaited_units, cudaStream_t stream);
 } // namespace wd

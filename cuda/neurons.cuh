@@ -49,8 +49,9 @@ template <class T, int STEP> struct PlainNeurons {
   const Rows rows;
   float low_bias, high_bias;
 
+  static constexpr int kLeastOfWarp = 8;
   static __host__ __device__ int of_warp(const wd_gate_up_args &args) {
-    return args.gating.has_up ? 8 : 16;
+    return args.gating.has_up ? kLeastOfWarp : 16;
   }
   static __device__ __forceinline__ Rows rows_from(const wd_gate_up_args &args, int expert, int first) {
     const wd_matrix &gate = args.gate, &second = args.gating.has_up ? args.up : gate;
@@ -103,8 +104,9 @@ template <class T, int TILES_OF_ROWS> struct TransposedNeurons {
   const int expert, first;
   const Rows rows;
 
+  static constexpr int kLeastOfWarp = 8 * M;
   static __host__ __device__ int of_warp(const wd_gate_up_args &args) {
-    return args.gating.has_up ? 8 * M : 16 * M;
+    return args.gating.has_up ? kLeastOfWarp : 16 * M;
   }
   static __device__ __forceinline__ bool alternate(const wd_gate_up_args &args) {
     return args.gate.row_stride == 2;

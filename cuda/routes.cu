@@ -62,12 +62,11 @@ __device__ __forceinline__ void gather_group(const Gathering &g, int route, cons
 constexpr int kSortThreads = 512, kSortWarps = kSortThreads / 32;
 constexpr int kRunsAtOnce = 8; // whose ids are on their way together: all of a warp's, up to 4096 routes
 constexpr int kMostRuns = WD_CUDA_MOST_ROUTES / 32; // of 32 routes
-constexpr int kListedRoutes = 4096; // of a call: up to so many are gathered by the block that lists them
 
 // grid (experts, parts of an expert's columns): all list, for themselves, and the first for others, too.
 __global__ void __launch_bounds__(kSortThreads)
-    sort_by_expert(const wd_moe_shape s, const void *ids, int32_t *taken, int32_t *offsets, int32_t *lists,
-                   const Gathering gathering) {
+    sort_by_expert(const wd_moe_shape s, const void *ids, int32_t *taken, int32_t *served, int32_t *offsets,
+                   int32_t *lists, const Gathering gathering) {
   __shared__ int32_t below[kSortWarps], mine[kSortWarps], listed[kListedRoutes];
   __shared__ uint32_t matches[kMostRuns]; // of the runs
   allow_next_grid();                      // it waits for this one before it looks
@@ -97,9 +96,9 @@ __global__ void __launch_bounds__(kSortThreads)
   for (int w = 0; w < kSortWarps; w++)
     offset += below[w], place += w < warp ? mine[w] : 0, count += mine[w];
   const bool writes = blockIdx.y == 0;
-  if (writes && thread == 0) offsets[expert] = offset;
+  if (writes && thread == 0) offsets[expert] = offset, served[expert] = 0;
   if (writes && thread == 0 && expert == s.experts - 1) offsets[s.experts] = offset + count;
-  if (writes && thread < 2 && expert == 0) taken[thread] = 0;
+  if (writes && thread < 2 && expert == 0) taken[thread] = 0, served[s.experts] = 0;
   if (own != 0)
     for (int run = begin; run < end; run++) {
       const unsigned votes = matches[run];
@@ -136,7 +135,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
 
 RouteLists sorted_routes(const wd_moe_shape &s, void *scratch) {
   int32_t *taken = (int32_t *)scratch;
-  return {taken + 2, taken + 2 + s.experts + 1, taken};
+  int32_t *offsets = taken + 2, *served = offsets + s.experts + 1;
+  return {offsets, served + s.experts + 1, taken, served};
 }
 
 wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, const void *source, void *target,
@@ -147,9 +147,10 @@ wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, con
   const bool at_once = source != nullptr && routes <= kListedRoutes;
   int blocks;
   WD_TRY(multiprocessors(&blocks));
-  const int64_t room = 2 * blocks / s.experts + 1, splits = at_once ? (groups < room ? groups : room) : 1;
+  const int64_t fit = 2 * blocks / s.experts, room = fit < 1 ? 1 : fit; // two blocks of these an SM
+  const int64_t splits = at_once ? (groups < room ? groups : room) : 1;
   WD_TRY(launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)s.experts, (unsigned)splits),
-                                       dim3(kSortThreads), 0, stream, false, s, ids, lists.taken,
+                                       dim3(kSortThreads), 0, stream, false, s, ids, lists.taken, lists.served,
                                        (int32_t *)lists.offsets, (int32_t *)lists.routes, at_once ? gathering : later));
   if (source == nullptr || at_once) return WD_OK;
   return launch_shared<gather_columns>("gather_columns",

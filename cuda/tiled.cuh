@@ -102,6 +102,11 @@ template <class T, class Sizes, class Op> struct Multiplier {
   }
 };
 
+// Where the multiplying warps meet once an item, and where there is one, the telling warp.
+template <class Op> __device__ __forceinline__ void meet_in_item() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyingThreads + (Op::kTells ? 32 : 0)) : "memory");
+}
+
 // The multiplying warps: item after item.
 template <class T, class Sizes, class Op>
 __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &plan, TiledShared<Sizes> &shared) {
@@ -109,7 +114,10 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
   Multiplier<T, Sizes, Op> multiplier(shared, chunks_of(op.length()));
   for (int number = 0;; number++) {
     const Item item = multiplier.item(number);
-    if (item.units == 0) break;
+    if (item.units == 0) {
+      if (Op::kTells) meet_in_item<Op>();
+      break;
+    }
     const int columns = columns_for<Sizes, Op::kParts>(item.count);
     int32_t *routes = shared.routes[number % 2];
     const int own =
@@ -118,7 +126,7 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
       multiplier.multiply(c);
       if (threadIdx.x < item.count) routes[threadIdx.x] = own;
       // the multiplying warps alone; whoever comes back to these places has met the others once more
-      asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyingThreads) : "memory");
+      meet_in_item<Op>();
       if (group < item.units) op.finish(c, item, item.unit + group, warp, lane, routes);
     };
     if (Sizes::kColumns > 64 && columns > 64) {
@@ -145,12 +153,26 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
   }
 }
 
+// The telling warp: when all warps have come to an item's end, what they stored of the one before can be read by
+// others. Not one of theirs: that takes microseconds, in which the ring would run full.
+template <class Sizes, class Op>
+__device__ __forceinline__ void tell_items(const Op &op, const TiledShared<Sizes> &shared) {
+  for (int number = 0;; number++) {
+    meet_in_item<Op>();
+    const bool ended = shared.items[number % kItems].units == 0;
+    const Item item = shared.items[(number + kItems - 1) % kItems];
+    if (number > 0 && threadIdx.x % 32 == 0) op.tell(item);
+    if (ended) break;
+  }
+}
+
 // The whole block. Op says what a row, a column and a result are:
 //   kParts, length()              columns of a route; values of a row and of a column
 //   kBoxRows, box(unit, i)        rows of a box; the first row of a unit's box i
 //   row(warp, g, half, high)      which of the unit's rows, box after box, a lane group has
 //   finish(c, item, unit, warp, lane, routes)   what becomes of the dot products. Tile i of c is group i / PARTS of the
 //                                 item, part i % PARTS; routes: those of the item
+//   kTells, tell(item)            whether somebody waits for items; that this one is finished
 template <class T, class Sizes, class Op>
 __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const TiledPlan &plan, const RowMaps &rows,
                                       const CUtensorMap &columns) {
@@ -165,6 +187,7 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   } else {
     give_registers<kBringingRegisters>();
     if (threadIdx.x == kMultiplyingThreads) Bringer<Sizes, Op>{op, s, plan, rows, columns, shared}.run();
+    if (Op::kTells && threadIdx.x / 32 == kMultiplyingThreads / 32 + 1) tell_items<Sizes>(op, shared);
   }
 }
 

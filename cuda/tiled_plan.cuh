@@ -37,6 +37,9 @@ struct TiledPlan {
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do
+  // The units of gate_up for each kColumns routes of an expert: down waits for those of the experts that it serves. 0:
+  // it waits for the end of the grid.
+  int awaited_units;
 };
 
 // Routes [first, first + count) of the expert's list, whose columns begin at `group`; units of rows from `unit` on.
@@ -45,7 +48,7 @@ struct Item {
   int expert, unit, units, first, count, group;
   uint64_t policy;
 };
-constexpr int kItems = 8; // places for items: the bringing thread is ahead by the stages, at most an item each
+constexpr int kItems = 16; // places for items: the bringing thread is ahead of the telling warp by the stages and two
 
 __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
@@ -60,7 +63,13 @@ template <class Sizes> struct TiledShared {
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
+  int32_t awaited;                       // units of gate_up, of all experts
 };
+
+// Items that share an expert's rows, by its routes.
+template <int ROUTES> __device__ __forceinline__ int tiles_of(int routes) {
+  return (routes + ROUTES - 1) / ROUTES;
+}
 
 // All threads: barriers, and the places of the experts' items. Lists are read past L1: where they are read before the
 // grid before has ended, nothing else says that L1 has not those of an earlier call.
@@ -72,16 +81,17 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
     barrier_init(&shared.empty[thread - 32], kMultiplyingThreads / 32);
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  for (int e = thread; e <= s.experts; e += kTiledThreads)
+    shared.offsets[e] = __ldcg(plan.lists.offsets + e);
+  __syncthreads();
   if (thread < 32) {
     const int blocks = (plan.units + plan.together - 1) / plan.together;
-    int total = 0;
+    int total = 0, awaited = 0;
     for (int base = 0; base < s.experts; base += 32) {
       const int e = base + thread;
-      int own = 0;
-      if (e < s.experts) {
-        shared.offsets[e] = __ldcg(plan.lists.offsets + e);
-        own = (__ldcg(plan.lists.offsets + e + 1) - shared.offsets[e] + ROUTES - 1) / ROUTES * blocks;
-      }
+      const int count = e < s.experts ? shared.offsets[e + 1] - shared.offsets[e] : 0;
+      const int own = tiles_of<ROUTES>(count) * blocks;
+      awaited += tiles_of<Sizes::kColumns>(count) * plan.awaited_units;
       int sum = own;
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(~0u, sum, distance);
@@ -90,8 +100,8 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
       if (e < s.experts) shared.before[e] = total + sum - own;
       total += __shfl_sync(~0u, sum, 31);
     }
-    if (thread == 0)
-      shared.before[s.experts] = total, shared.offsets[s.experts] = __ldcg(plan.lists.offsets + s.experts);
+    awaited = __reduce_add_sync(~0u, awaited);
+    if (thread == 0) shared.before[s.experts] = total, shared.awaited = awaited;
   }
   __syncthreads();
 }
@@ -112,7 +122,7 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   }
   // An expert's routes in equal parts, of whole groups: a last part of a few routes would read all its rows for them.
   const int local = position - shared.before[low], offset = shared.offsets[low];
-  const int count = shared.offsets[low + 1] - offset, tiles = (count + ROUTES - 1) / ROUTES;
+  const int count = shared.offsets[low + 1] - offset, tiles = tiles_of<ROUTES>(count);
   const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
   const int tile = local % tiles; // neighbours share rows, in L2 at once
   item.expert = low;

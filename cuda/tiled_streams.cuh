@@ -21,6 +21,19 @@ template <class Sizes, class Op> struct Bringer {
         copy_rows(shared.rows[stage][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], step * kStep,
                   item.expert * plan.expert_rows + op.box(item.unit + unit, box), &shared.full[stage], item.policy);
   }
+  // Waits until gate_up has served the expert; returns whether it has served all. Its blocks have all begun: it let
+  // this grid in only then.
+  __device__ __forceinline__ bool meet(int expert) const {
+    const int32_t *const served = plan.lists.served;
+    const int own = tiles_of<Sizes::kColumns>(shared.offsets[expert + 1] - shared.offsets[expert]) * plan.awaited_units;
+    bool all;
+    do
+      all = load_relaxed(served + s.experts) == shared.awaited;
+    while (load_relaxed(served + expert) != own && !all);
+    __threadfence();
+    allow_copies_of_written();
+    return all;
+  }
   __device__ __forceinline__ void run() const {
     const int steps = steps_of(op.length());
     Item item = item_at<Sizes, ROUTES>(blockIdx.x, shared, s, plan);
@@ -30,7 +43,8 @@ template <class Sizes, class Op> struct Bringer {
       barrier_promise(&shared.full[step], item.units * kUnitBytes);
       bring_rows(item, step, step);
     }
-    if (plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
+    bool met = plan.awaited_units == 0; // whether all columns are there
+    if (plan.dependent && met) wait_for_previous_grid(), allow_copies_of_written();
     int stage = 0, round = 1; // round: parity of the phase that must have ended
     for (int number = 0;; number++) {
       shared.items[number % kItems] = item;
@@ -47,6 +61,7 @@ template <class Sizes, class Op> struct Bringer {
           barrier_expect(&shared.full[stage], column_bytes + item.units * kUnitBytes);
           bring_rows(item, step, stage);
         }
+        if (step == 0 && !met) met = meet(item.expert);
         for (int box = 0; box < boxes; box++)
           copy_columns(shared.columns[stage][box * Sizes::kBox], columns, step * (kStep / 8),
                        item.group * Op::kParts + box * Sizes::kBox, &shared.full[stage]);
@@ -54,6 +69,7 @@ template <class Sizes, class Op> struct Bringer {
       }
       item = item_at<Sizes, ROUTES>(next, shared, s, plan);
     }
+    if (plan.awaited_units > 0) wait_for_previous_grid(); // so that this grid's end is that one's, too
     barrier_wait(&shared.empty[stage], round);
     barrier_expect(&shared.full[stage], 0); // that there is no item any more
   }

@@ -35,12 +35,20 @@ wd_status wd_cuda_leave(int32_t previous);
 /* Bytes of scratch that either operation needs on this shape, whichever schedule is chosen. A multiple of 16. */
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape);
 
-/* Enqueue on stream, on the current device. down_follows: down of the same call comes next, nobody else reads the
- * intermediate, and it may lie in an order of its own, each row padded to a multiple of 32 values. dependent: the
- * operation before it on the stream is this library's gate_up of the same call, so that down may load weights before
- * gate_up has ended. */
-wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream);
-wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream);
+/* What down of a call is told of the gate_up before it: how many blocks serve an expert's routes, which then say in the
+ * scratch that they have. row_blocks: of the same routes; 0: nothing is said before the grid ends. splits: such rows of
+ * blocks, the first for routes [0, split_routes) of the expert's. */
+typedef struct {
+  int32_t row_blocks, splits, split_routes;
+} wd_cuda_handover;
+
+/* Enqueue on stream, on the current device. handover: to down of the same call, which comes next; then nobody else
+ * reads the intermediate, and it may lie in an order of its own, each row padded to a multiple of 32 values; and down
+ * may load weights before gate_up has ended. NULL: one operation alone. */
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, wd_cuda_handover *handover,
+                          void *stream);
+wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, const wd_cuda_handover *handover,
+                       void *stream);
 
 /* Reads `bytes` (a multiple of 16) and stores nothing that matters to sink (16 bytes). */
 wd_status wd_read_cuda(const void *memory, size_t bytes, void *sink, void *stream);

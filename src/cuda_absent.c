@@ -24,18 +24,20 @@ size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape) {
   return 0;
 }
 
-wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, int down_follows, void *stream) {
+wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, wd_cuda_handover *handover,
+                          void *stream) {
   (void)args;
   (void)schedule;
-  (void)down_follows;
+  (void)handover;
   (void)stream;
   return absent();
 }
 
-wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, int dependent, void *stream) {
+wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, const wd_cuda_handover *handover,
+                       void *stream) {
   (void)args;
   (void)schedule;
-  (void)dependent;
+  (void)handover;
   (void)stream;
   return absent();
 }

@@ -148,6 +148,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
   const wd_experts *const experts = &c->experts;
   const void *weights = c->topk_weights != NULL ? rows_from(c->topk_weights, first) : NULL;
   const int on_input = experts->given.weight_on_input;
+  wd_cuda_handover handover = {0}, *const both = c->hidden_states != NULL && c->output != NULL ? &handover : NULL;
   if (c->hidden_states != NULL) {
     const wd_gate_up_args args = {.shape = shape,
                                   .hidden_states = rows_from(c->hidden_states, first),
@@ -162,7 +163,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
                                   .topk_weights = on_input ? weights : NULL,
                                   .topk_weights_dtype = c->topk_weights_dtype};
     if (on_cuda(c))
-      WD_TRY(wd_gate_up_cuda(&args, c->kernel.schedule, c->output != NULL, c->stream));
+      WD_TRY(wd_gate_up_cuda(&args, c->kernel.schedule, both, c->stream));
     else
       wd_gate_up_cpu(&args, c->kernel.isa, c->threads);
   }
@@ -177,7 +178,7 @@ static wd_status run_pass(const call *c, int64_t first, int64_t count) {
                                .down = experts->down,
                                .down_bias = experts->down_bias};
     if (on_cuda(c))
-      WD_TRY(wd_down_cuda(&args, c->kernel.schedule, c->hidden_states != NULL, c->stream));
+      WD_TRY(wd_down_cuda(&args, c->kernel.schedule, both, c->stream));
     else
       wd_down_cpu(&args, c->kernel.isa, c->threads);
   }
