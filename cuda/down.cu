@@ -15,6 +15,7 @@
 #include "columns.cuh"
 #include "device.cuh"
 #include "down_rows.cuh"
+#include "flags.cuh"
 #include "gating.cuh"
 #include "grouped.cuh"
 #include "kept.cuh"
@@ -200,7 +201,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
   if (schedule == WD_CUDA_TILED)
     WD_TRY(down_tiled(args, lists, columns, dependent, dependent ? handover->row_blocks : 0, stream));
   else
-    WD_TRY(launch_some_grouped<T>(args, lists, dependent, dependent ? flags_of(s, args.scratch, *handover) : Flags{},
+    WD_TRY(launch_some_grouped<T>(args, lists, dependent, dependent ? handed_over(s, args.scratch, *handover) : Flags{},
                                   stream));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
   return launch_shared<combine_slots<T>>("combine_slots", dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads),

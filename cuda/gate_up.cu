@@ -11,6 +11,7 @@
 // tiled:   gate_up_tiled.cu.
 #include "device.cuh"
 #include "direct.cuh"
+#include "flags.cuh"
 #include "grouped.cuh"
 #include "launch.cuh"
 #include "neurons.cuh"
@@ -108,13 +109,12 @@ wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, w
   const wd_moe_shape &s = args.shape;
   const int row_blocks = (warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps;
   static_assert(Sizes::kWarps * Neurons::kLeastOfWarp >= kFlagNeurons, "as flags_bytes() counts");
-  bool early_launch;
-  WD_TRY(serves_dependent_launch(&early_launch));
-  if (handover && early_launch && has_flags(s)) *handover = {row_blocks, (int32_t)list_splits(s), Sizes::kRoutes};
+  Flags flags;
+  WD_TRY(flags_for(&flags, s, args.scratch, {row_blocks, (int32_t)list_splits(s), Sizes::kRoutes}, handover));
   return launch_shared<gate_up_grouped<T, Neurons, Sizes>>(
       "gate_up_grouped", dim3(row_blocks, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
       Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, false, args, is_plain(args),
-      lists, handover ? flags_of(s, args.scratch, *handover) : Flags{});
+      lists, flags);
 }
 
 // Rings as deep as two to five blocks an SM leave room for; GPUs with 99 KB for a block have shorter ones.

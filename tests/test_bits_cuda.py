@@ -180,6 +180,30 @@ def test_replays_with_other_ids(cuda, kernel):
         assert torch.equal(out, wanted)
 
 
+@pytest.mark.parametrize("kernel", ["cuda_grouped", "cuda_tiled"])
+@pytest.mark.parametrize("tokens", [8, 40, 160, 300])
+def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, tokens):
+    """down begins before gate_up has ended, and waits for the experts that it serves: for those of this call. gate_up
+    has more blocks than run at once, and the workspace has the marks and the intermediate of the call before."""
+    if kernel not in kernels_of("cuda"):
+        pytest.skip(f"gpu: this one does not serve {kernel}")
+    layer = make_layer(32, 512, 2048, torch.bfloat16, cuda)
+    call, direct = (warpdecode.Experts(layer.gate_up, layer.down, kernel=name) for name in (kernel, "cuda_direct"))
+    inputs = [make_tokens(layer, tokens, 4, seed=seed) for seed in range(40)]
+    expected = [direct(*one) for one in inputs]
+    owners = {}
+
+    def workspace(size, like):
+        if size not in owners:
+            owners[size] = torch.ones(size // 4 + 1, dtype=torch.int32, device=like.device)
+        return owners[size].data_ptr(), owners[size]
+
+    monkeypatch.setattr(_torch, "workspace", workspace)
+    found = [call(*one) for one in inputs]
+    assert len(owners) == 1
+    assert all(torch.equal(out, wanted) for out, wanted in zip(found, expected, strict=True))
+
+
 def test_direct_has_room_for_many_routes(cuda):
     """More routes than a grid's second axis has blocks."""
     layer = make_layer(8, 16, 8, torch.bfloat16, cuda)
