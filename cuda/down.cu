@@ -99,15 +99,9 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
                          cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles * Sizes::kWarps;
-  const dim3 grid((s.hidden + kRows - 1) / kRows, serving_blocks(s), list_splits(s));
-  // Large blocks that all run at once begin together, or those that begin late end late: Mixtral-8x7B at T = 16 took
-  // 650 us, with flags 655.
-  int sms;
-  WD_TRY(multiprocessors(&sms));
-  const bool together = Sizes::kWarps > 4 && grid.x * grid.y <= 2 * (unsigned)sms;
-  return launch_shared<down_grouped<T, Rows, Sizes>>("down_grouped", grid, dim3(Sizes::kThreads),
-                                                     Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream,
-                                                     dependent, args, lists, dependent, together ? Flags{} : flags);
+  return launch_shared<down_grouped<T, Rows, Sizes>>(
+      "down_grouped", dim3((s.hidden + kRows - 1) / kRows, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
+      Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream, dependent, args, lists, dependent, flags);
 }
 
 // The ring as deep as leaves room for two to five blocks an SM; GPUs with 99 KB for a block have shorter ones.

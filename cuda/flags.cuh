@@ -65,17 +65,20 @@ inline Flags handed_over(const wd_moe_shape &s, void *scratch, const wd_cuda_han
   return {handover.row_blocks > 0 ? (int32_t *)flags : nullptr, handover.row_blocks, handover.splits,
           handover.split_routes};
 }
-// Of the grid that *handover then describes. None where nobody follows, where the next grid cannot begin early, or
-// where the blocks run all at once: five an SM.
+// Of the grid that *handover then describes. None where nobody follows, where the next grid cannot begin early, where
+// the blocks run all at once, five an SM, or down's large blocks do, two an SM: those had better begin together, or
+// some end late (Mixtral-8x7B at T = 16: 650 us, with flags 655).
 inline wd_status flags_for(Flags *flags, const wd_moe_shape &s, void *scratch, wd_cuda_handover grid,
                            wd_cuda_handover *handover) {
   bool early_launch;
   int sms;
   WD_TRY(serves_dependent_launch(&early_launch));
   WD_TRY(multiprocessors(&sms));
-  const bool many = (int64_t)grid.row_blocks * serving_blocks(s) > 5 * sms;
+  const int64_t experts = serving_blocks(s);
+  const bool many = grid.row_blocks * experts > 5 * sms,
+             together = !routes_an_expert(s, 2) && s.hidden / 128 * experts <= 2 * sms;
   *flags = {};
-  if (handover && early_launch && many && !needs_lists(s)) *handover = grid;
+  if (handover && early_launch && many && !together && !needs_lists(s)) *handover = grid;
   if (handover) *flags = handed_over(s, scratch, *handover);
   return WD_OK;
 }
