@@ -102,8 +102,10 @@ template <class T, class Sizes, class Op> struct Multiplier {
   }
 };
 
-// Where the multiplying warps meet once an item, and where there is one, the telling warp.
+// Where the multiplying warps meet once an item, and where there is one, the telling warp. A warp must come as one:
+// lanes that come apart count as two warps.
 template <class Op> __device__ __forceinline__ void meet_in_item() {
+  __syncwarp();
   asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyingThreads + (Op::kTells ? 32 : 0)) : "memory");
 }
 
