@@ -106,7 +106,7 @@ template <class T, class Sizes, class Op> struct Multiplier {
 // lanes that come apart count as two warps.
 template <class Op> __device__ __forceinline__ void meet_in_item() {
   __syncwarp();
-  asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyingThreads + (Op::kTells ? 32 : 0)) : "memory");
+  asm volatile("barrier.sync 1, %0;" ::"n"(kMultiplyingThreads + (Op::kTells ? 32 : 0)) : "memory");
 }
 
 // The multiplying warps: item after item.
