@@ -188,8 +188,9 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
     multiply_items<T>(op, plan, shared);
   } else {
     give_registers<kBringingRegisters>();
-    if (threadIdx.x == kMultiplyingThreads) Bringer<Sizes, Op>{op, s, plan, rows, columns, shared}.run();
-    if (Op::kTells && threadIdx.x / 32 == kMultiplyingThreads / 32 + 1) tell_items<Sizes>(op, shared);
+    const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32;
+    if (warp == 0 && elected()) Bringer<Sizes, Op>{op, s, plan, rows, columns, shared}.run();
+    if (Op::kTells && warp == 1) tell_items<Sizes>(op, shared);
   }
 }
 

@@ -104,6 +104,17 @@ __device__ __forceinline__ void allow_copies_of_written() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+// One lane of the warp, all of which call it. ptxas knows what it means: behind threadIdx.x == 0 it would put a loop
+// over the lanes around every copy.
+__device__ __forceinline__ bool elected() {
+  uint32_t one;
+  asm volatile("{ .reg .pred one;\n"
+               "elect.sync _|one, 0xffffffff;\n"
+               "selp.u32 %0, 1, 0, one; }"
+               : "=r"(one));
+  return one != 0;
+}
+
 // ---- registers of a warpgroup ---------------------------------------------------------------------------------------
 
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {
