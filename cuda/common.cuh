@@ -71,7 +71,7 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 // Lets the next grid of the stream take SMs that this one leaves free.
 __device__ __forceinline__ void allow_next_grid() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

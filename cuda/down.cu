@@ -204,12 +204,25 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
 
 } // namespace wd
 
+// Lists, then v[T*K, H]; behind it flags (grouped) or columns of hidden states (tiled, where down meets by expert; else
+// they lie where v will be).
+static size_t scratch_of(wd_moe_shape s, int64_t tokens) {
+  s.tokens = tokens;
+  const size_t v = wd::down_values_bytes(s), grouped = v + wd::flags_bytes(s);
+  const size_t columns = (size_t)wd_column_groups(&s) * wd::group_bytes(s.hidden);
+  const size_t tiled = wd::meets_by_expert(s) ? v + columns : v > columns ? v : columns;
+  return wd::sorted_routes_span(s) + wd::align16(grouped > tiled ? grouped : tiled);
+}
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
-  // v[T*K, H] and flags, or before them the columns of hidden states
-  const size_t v = wd::down_values_bytes(*s) + wd::flags_bytes(*s);
-  const size_t columns = (size_t)wd_column_groups(s) * wd::group_bytes(s->hidden);
-  const size_t both = wd::down_values_bytes(*s) + columns, either = v > columns ? v : columns;
-  return wd::sorted_routes_span(*s) + wd::align16(wd::meets_by_expert(*s) && both > v ? both : either);
+  // Fewer tokens may need more, where flags and columns have places of their own: a last pass, or a caller's next call,
+  // has the room of a longer one.
+  const int64_t with_flags = wd::kSearchedRoutes / s->top_k, with_columns = wd::kListedRoutes / s->top_k;
+  size_t most = scratch_of(*s, s->tokens);
+  for (const int64_t tokens : {with_flags, with_columns}) {
+    const size_t bytes = tokens < s->tokens ? scratch_of(*s, tokens) : 0;
+    if (bytes > most) most = bytes;
+  }
+  return most;
 }
 
 wd_status wd_down_cuda(const wd_down_args *args, wd_cuda_schedule schedule, const wd_cuda_handover *handover,

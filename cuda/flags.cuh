@@ -4,8 +4,9 @@
 // of down have their columns brought. So down does not wait for it, but for the blocks that serve its own expert. Each
 // has a flag: 0 before it lets the next grid begin, 1 when what it stored can be read. down's blocks begin only when
 // all of gate_up's have, so a flag is never one of an earlier call, and nobody waits for a block that has not begun.
-// (tiled counts instead: tiled_plan.cuh. direct, whose blocks run all at once, waits for the grid: with flags it took 2
-// to 4 us longer.)
+// That a grid which is let in sees what was stored and fenced before is how the hardware does it; PTX promises it
+// behind griddepcontrol.wait alone. (tiled counts instead: tiled_plan.cuh. direct, whose blocks run all at once, waits
+// for the grid: with flags it took 2 to 4 us longer.)
 #pragma once
 #include "device.cuh"
 #include "launch.cuh"
@@ -66,8 +67,8 @@ inline Flags handed_over(const wd_moe_shape &s, void *scratch, const wd_cuda_han
           handover.split_routes};
 }
 // Of the grid that *handover then describes. None where nobody follows, where the next grid cannot begin early, where
-// the blocks run all at once, five an SM, or down's large blocks do, two an SM: those had better begin together, or
-// some end late (Mixtral-8x7B at T = 16: 650 us, with flags 655).
+// the blocks are few (small ones: five an SM run at once), or down's large blocks do, two an SM: those had better begin
+// together, or some end late (Mixtral-8x7B at T = 16: 650 us, with flags 655).
 inline wd_status flags_for(Flags *flags, const wd_moe_shape &s, void *scratch, wd_cuda_handover grid,
                            wd_cuda_handover *handover) {
   bool early_launch;

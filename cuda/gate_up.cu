@@ -176,6 +176,7 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, wd_cud
 wd_status wd_gate_up_cuda(const wd_gate_up_args *args, wd_cuda_schedule schedule, wd_cuda_handover *handover,
                           void *stream) {
   wd_gate_up_args own = *args;
+  if (handover) *handover = {};
   WD_TRY(wd::find_kept(&own.shape));
   return own.shape.dtype == WD_BF16 ? wd::gate_up<wd::bf16>(own, schedule, handover, (cudaStream_t)stream)
                                     : wd::gate_up<wd::f16>(own, schedule, handover, (cudaStream_t)stream);

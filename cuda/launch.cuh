@@ -16,8 +16,9 @@ wd_status cuda_failed(cudaError_t error, const char *what); // sets the sentence
     if (wd_cuda_error != cudaSuccess) return ::wd::cuda_failed(wd_cuda_error, #call);                                  \
   } while (0)
 
-// dependent: programmatic dependent launch - the kernel may start before the one before it has ended, and calls
-// wait_for_previous_grid() before it touches anything that one writes. Only ever true behind a kernel of our own.
+// dependent: programmatic dependent launch - the kernel may start before the one before it has ended, and before it
+// touches anything that one writes it calls wait_for_previous_grid(), or, down, sees that the blocks which write it are
+// through (flags.cuh, Bringer::meet). Only ever true behind a kernel of our own.
 template <class... Parameters, class... Arguments>
 wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t stream, bool dependent, Arguments... arguments) {

@@ -18,9 +18,10 @@ inline size_t searched_bytes(const wd_moe_shape &s) {
   return needs_lists(s) ? 0 : (size_t)(s.tokens * s.top_k) * sizeof(int32_t);
 }
 
-// Up to this many routes of a call tiled's down serves an expert as soon as gate_up has (handover, tiled_plan.cuh):
-// v[T*K, H] then has a place of its own, which the columns of hidden states do not share. Beyond, what is won is
-// little beside the rest, and memory is not.
+// Up to this many routes of a call a block of sort_by_expert has room for its expert's list, and gathers the columns,
+// too; and tiled's down serves an expert as soon as gate_up has (TiledPlan::awaited_units): v[T*K, H] then has a place
+// of its own, which the columns of hidden states do not share. Beyond, what is won is little beside the rest, and
+// memory is not.
 constexpr int kListedRoutes = 4096;
 inline bool meets_by_expert(const wd_moe_shape &s) {
   return s.tokens * s.top_k <= kListedRoutes;

@@ -102,10 +102,9 @@ template <class T, class Sizes, class Op> struct Multiplier {
   }
 };
 
-// Where the multiplying warps meet once an item, and where there is one, the telling warp. A warp must come as one:
-// lanes that come apart count as two warps.
+// Where the multiplying warps meet once an item, and where there is one, the telling warp. barrier.sync, because they
+// come from different places in the code: bar.sync would promise that they do not.
 template <class Op> __device__ __forceinline__ void meet_in_item() {
-  __syncwarp();
   asm volatile("barrier.sync 1, %0;" ::"n"(kMultiplyingThreads + (Op::kTells ? 32 : 0)) : "memory");
 }
 
@@ -127,7 +126,7 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
     auto serve = [&](auto &c) {
       multiplier.multiply(c);
       if (threadIdx.x < item.count) routes[threadIdx.x] = own;
-      // the multiplying warps alone; whoever comes back to these places has met the others once more
+      // whoever comes back to these places has met the others once more
       meet_in_item<Op>();
       if (group < item.units) op.finish(c, item, item.unit + group, warp, lane, routes);
     };

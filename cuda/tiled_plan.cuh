@@ -12,7 +12,8 @@ namespace wd {
 constexpr int kWarpgroup = 128, kUnitRows = 128;
 constexpr int kUnits = 2; // of a block: a warpgroup multiplies one
 constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
-// One more warpgroup, of which one thread has everything brought: registers change hands between warpgroups.
+// One more warpgroup, of which one lane has everything brought, and gate_up's second warp tells what is finished:
+// registers change hands between warpgroups.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
 constexpr int kMultiplyingRegisters = 224, kBringingRegisters = 56;
 static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kTiledThreads / 8 * 8), "of a block");
@@ -59,7 +60,7 @@ template <class Sizes> struct TiledShared {
   alignas(1024) uint8_t rows[Sizes::kStages][kUnits][kUnitBytes];
   uint8_t columns[Sizes::kStages][Sizes::kColumns / kGroup][kGroupStepBytes];
   uint64_t full[Sizes::kStages], empty[Sizes::kStages];
-  Item items[kItems];                    // for the multiplying warps: there when the item's first step is
+  Item items[kItems];                    // for the other warps: there when the item's first step is
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number

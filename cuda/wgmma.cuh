@@ -99,7 +99,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
                : "memory");
 }
 
-// Behind wait_for_previous_grid(): what that grid stored can be brought by copies of the tensor memory accelerator.
+// Behind wait_for_previous_grid(), or Bringer::meet: what that grid stored can be brought by copies of the tensor
+// memory accelerator.
 __device__ __forceinline__ void allow_copies_of_written() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

@@ -35,9 +35,10 @@ wd_status wd_cuda_leave(int32_t previous);
 /* Bytes of scratch that either operation needs on this shape, whichever schedule is chosen. A multiple of 16. */
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape);
 
-/* What down of a call is told of the gate_up before it: how many blocks serve an expert's routes, which then say in the
- * scratch that they have. row_blocks: of the same routes; 0: nothing is said before the grid ends. splits: such rows of
- * blocks, the first for routes [0, split_routes) of the expert's. */
+/* What down of a call is told of the gate_up before it, which says in the scratch what it has served. row_blocks: the
+ * blocks (tiled: units of rows) that serve the same routes of an expert; 0: nothing is said before the grid ends.
+ * grouped alone: splits such rows of blocks, of which z serves routes [z * split_routes, (z + 1) * split_routes) of the
+ * expert's, and every splits-th such range after it. */
 typedef struct {
   int32_t row_blocks, splits, split_routes;
 } wd_cuda_handover;

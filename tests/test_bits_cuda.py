@@ -6,6 +6,7 @@ import torch
 import warpdecode
 from cases import make_layer, make_tokens, poison
 from test_moe import kernels_of
+from warpdecode._ffi import check, ffi, lib
 from warpdecode.frameworks import _torch
 
 pytestmark = pytest.mark.gpu
@@ -181,13 +182,16 @@ def test_replays_with_other_ids(cuda, kernel):
 
 
 @pytest.mark.parametrize("kernel", ["cuda_grouped", "cuda_tiled"])
-@pytest.mark.parametrize("tokens", [8, 40, 160, 300])
-def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, tokens):
+@pytest.mark.parametrize(
+    ("experts", "hidden", "intermediate", "tokens"),  # of grouped: small blocks, large ones, larger ones; lists; splits
+    [(16, 4096, 3072, tokens) for tokens in (8, 40, 160, 300)] + [(8, 4608, 5504, 256)],
+)
+def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, experts, hidden, intermediate, tokens):
     """down begins before gate_up has ended, and waits for the experts that it serves: for those of this call. gate_up
     has more blocks than run at once, and the workspace has the marks and the intermediate of the call before."""
     if kernel not in kernels_of("cuda"):
         pytest.skip(f"gpu: this one does not serve {kernel}")
-    layer = make_layer(16, 4096, 1536, torch.bfloat16, cuda)
+    layer = make_layer(experts, hidden, intermediate, torch.bfloat16, cuda)
     call, direct = (warpdecode.Experts(layer.gate_up, layer.down, kernel=name) for name in (kernel, "cuda_direct"))
     inputs = [make_tokens(layer, tokens, 4, seed=seed) for seed in range(10)]
     expected = [direct(*one) for one in inputs]
@@ -202,6 +206,18 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, t
     found = [call(*one) for one in inputs]
     assert len(owners) == 1
     assert all(torch.equal(out, wanted) for out, wanted in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 10])
+def test_the_workspace_of_more_tokens_serves_fewer(cuda, top_k):
+    """So a shorter last pass has room in what was asked for the first."""
+    layer = make_layer(16, 512, 256, torch.bfloat16, cuda)
+    struct, size = warpdecode.Experts(layer.gate_up, layer.down)._description.struct, ffi.new("size_t *")
+    sizes = []
+    for tokens in range(1, 4096 // top_k + 400, 1 if top_k > 1 else 7):
+        check(lib.wd_moe_workspace_size(struct, tokens, top_k, size))
+        sizes.append(size[0])
+    assert sizes == sorted(sizes)
 
 
 def test_direct_has_room_for_many_routes(cuda):
