@@ -193,7 +193,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
     lists = sorted_routes(s, args.scratch);
   }
   if (schedule == WD_CUDA_TILED)
-    WD_TRY(down_tiled(args, lists, columns, dependent, dependent ? handover->row_blocks : 0, stream));
+    WD_TRY(down_tiled(args, lists, columns, dependent ? handover : nullptr, stream));
   else
     WD_TRY(launch_some_grouped<T>(args, lists, dependent, dependent ? handed_over(s, args.scratch, *handover) : Flags{},
                                   stream));

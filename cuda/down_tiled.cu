@@ -63,18 +63,17 @@ __global__ void __launch_bounds__(kTiledThreads, 1)
 }
 
 template <class T, class Sizes>
-static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                            int awaited_units, cudaStream_t stream) {
+static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns,
+                            const wd_cuda_handover *handover, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   const wd_matrix &m = args.down;
   const int64_t expert_rows = m.expert_stride / m.row_stride;
-  TiledPlan plan = {(s.hidden + kUnitRows - 1) / kUnitRows,
-                    kUnits,
-                    (int)expert_rows,
-                    lists,
-                    lists.taken + 1,
-                    dependent,
-                    awaited_units};
+  TiledPlan plan = {};
+  plan.units = (s.hidden + kUnitRows - 1) / kUnitRows;
+  plan.expert_rows = (int)expert_rows;
+  plan.lists = lists, plan.taken = lists.taken + 1;
+  plan.dependent = handover != nullptr;
+  if (handover) plan.awaited_units = handover->row_blocks, plan.awaited_routes = handover->split_routes;
   RowMaps row_maps;
   CUtensorMap column_map;
   WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
@@ -88,17 +87,18 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
 }
 
 template <class T>
-static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                            int awaited_units, cudaStream_t stream) {
-  return routes_an_expert(args.shape, kFewRoutes)
-             ? down_sizes<T, FewRoutes>(args, lists, columns, dependent, awaited_units, stream)
-             : down_sizes<T, ManyRoutes>(args, lists, columns, dependent, awaited_units, stream);
+static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, const void *columns,
+                            const wd_cuda_handover *handover, cudaStream_t stream) {
+  if (routes_an_expert(args.shape, kFewRoutes)) return down_sizes<T, FewRoutes>(args, lists, columns, handover, stream);
+  if (routes_an_expert(args.shape, kSomeRoutes))
+    return down_sizes<T, SomeRoutes>(args, lists, columns, handover, stream);
+  return down_sizes<T, ManyRoutes>(args, lists, columns, handover, stream);
 }
 
-wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                     int awaited_units, cudaStream_t stream) {
-  return args.shape.dtype == WD_BF16 ? down_dtype<bf16>(args, lists, columns, dependent, awaited_units, stream)
-                                     : down_dtype<f16>(args, lists, columns, dependent, awaited_units, stream);
+wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns,
+                     const wd_cuda_handover *handover, cudaStream_t stream) {
+  return args.shape.dtype == WD_BF16 ? down_dtype<bf16>(args, lists, columns, handover, stream)
+                                     : down_dtype<f16>(args, lists, columns, handover, stream);
 }
 
 } // namespace wd

@@ -64,9 +64,9 @@ wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scr
 // down, direct schedule. dependent: the grid before is this call's gate_up.
 wd_status down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream);
 // The tiled schedule (tiled.cuh). gate_up leaves columns where the intermediate would be when down of the same call
-// follows. dependent: the grid before is this call's gate_up.
+// follows. handover: to down where the grid before is this call's gate_up, and may still run; else NULL.
 wd_status gate_up_tiled(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                         wd_cuda_handover *handover, cudaStream_t stream);
-wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns, bool dependent,
-                     int awaited_units, cudaStream_t stream);
+wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns,
+                     const wd_cuda_handover *handover, cudaStream_t stream);
 } // namespace wd

@@ -15,7 +15,8 @@
 
 namespace wd {
 
-// The steps of one item, as the stages come. The rows of a step are read while the products of the one before run.
+// The steps of one item, as the stages come. Rows are read while products before them run: those of a step, or where
+// the sums leave no room in the registers, of a chunk.
 template <class T, class Sizes, class Op> struct Multiplier {
   TiledShared<Sizes> &shared;
   const RowReader<Sizes, Op> rows;
@@ -25,52 +26,52 @@ template <class T, class Sizes, class Op> struct Multiplier {
   __device__ __forceinline__ Multiplier(TiledShared<Sizes> &shared, int chunks)
       : shared(shared), rows(shared), chunks(chunks), stage(0), round(0) {
   }
-  // Returns the stage that was read.
-  __device__ __forceinline__ int read(uint4 (&a)[2][2][2]) {
-    const int here = stage;
-    barrier_wait(&shared.full[here], round);
-    rows.read(a, here);
-    if (++stage == Sizes::kStages) stage = 0, round ^= 1;
-    return here;
-  }
-  template <int CHUNKS, int TILES>
-  __device__ __forceinline__ void start(float (&c)[2][TILES][4], const uint4 (&a)[2][2][2], int here) {
-    const uint32_t columns = shared_address(shared.columns[here]);
-    wgmma_fence();
-#pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      const uint64_t first = columns_descriptor(columns + 4 * chunk * kMatrixBytes, kMatrixBytes, kGroupStepBytes);
-      const uint64_t second =
-          columns_descriptor(columns + (4 * chunk + 2) * kMatrixBytes, kMatrixBytes, kGroupStepBytes);
-      const auto &w = a[chunk];
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        Wgmma<T, TILES>::multiply(c[half], w[half][0].x, w[half][1].x, w[half][0].y, w[half][1].y, first);
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        Wgmma<T, TILES>::multiply(c[half], w[half][0].z, w[half][1].z, w[half][0].w, w[half][1].w, second);
-    }
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void end(int here) {
-    wgmma_wait();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[here]);
-  }
   // The next item: it is there when its first step is.
   __device__ __forceinline__ Item item(int number) const {
     barrier_wait(&shared.full[stage], round);
     return shared.items[number % kItems];
   }
-  // c[half][tile] = rows . columns
-  template <int TILES> __device__ __forceinline__ void multiply(float (&c)[2][TILES][4]) {
+  // The stage of the next step, when it is there.
+  __device__ __forceinline__ int next() {
+    const int here = stage;
+    barrier_wait(&shared.full[here], round);
+    if (++stage == Sizes::kStages) stage = 0, round ^= 1;
+    return here;
+  }
+  // Waits for the products, behind which the stage can be filled again.
+  __device__ __forceinline__ void end(int here) {
+    wgmma_wait();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[here]);
+  }
+  template <int TILES>
+  __device__ __forceinline__ void multiply_chunk(float (&c)[2][TILES][4], const uint4 (&a)[2][2], int here, int chunk) {
+    const uint32_t columns = shared_address(shared.columns[here]) + 4 * chunk * kMatrixBytes;
+    const uint64_t first = columns_descriptor(columns, kMatrixBytes, kGroupStepBytes);
+    const uint64_t second = columns_descriptor(columns + 2 * kMatrixBytes, kMatrixBytes, kGroupStepBytes);
 #pragma unroll
     for (int half = 0; half < 2; half++)
+      Wgmma<T, TILES>::multiply(c[half], a[half][0].x, a[half][1].x, a[half][0].y, a[half][1].y, first);
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
+    for (int half = 0; half < 2; half++)
+      Wgmma<T, TILES>::multiply(c[half], a[half][0].z, a[half][1].z, a[half][0].w, a[half][1].w, second);
+  }
+  // Starts products of a step's chunks [first, first + COUNT); a: their rows.
+  template <int COUNT, int TILES>
+  __device__ __forceinline__ void start(float (&c)[2][TILES][4], const uint4 (&a)[2][2][2], int here, int first = 0) {
+    wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          c[half][tile][i] = 0.0f;
+    for (int chunk = 0; chunk < COUNT; chunk++)
+      multiply_chunk(c, a[first + chunk], here, first + chunk);
+    wgmma_commit();
+  }
+  // c[half][tile] += rows . columns
+  template <int TILES> __device__ __forceinline__ void multiply_steps(float (&c)[2][TILES][4]) {
     uint4 even[2][2][2], odd[2][2][2];
+    const auto read = [&](uint4(&a)[2][2][2]) {
+      const int here = next();
+      rows.read(a[0], here, 0), rows.read(a[1], here, 1);
+      return here;
+    };
     int here = read(even), there = 0;
     int left = chunks; // of which two, or at the end one, are in the registers
     for (; left > 4; left -= 4) {
@@ -97,6 +98,45 @@ template <class T, class Sizes, class Op> struct Multiplier {
       else
         start<1>(c, even, here);
       end(here);
+    }
+  }
+  template <int TILES> __device__ __forceinline__ void multiply_chunks(float (&c)[2][TILES][4]) {
+    uint4 a[2][2][2]; // of a step, its second chunk or the first one of the next
+    int here = next();
+    rows.read(a[0], here, 0);
+    int left = chunks;
+    for (; left > 2; left -= 2) {
+      start<1>(c, a, here);
+      rows.read(a[1], here, 1);
+      wgmma_wait();
+      start<1>(c, a, here, 1);
+      const int there = next();
+      rows.read(a[0], there, 0);
+      end(here);
+      here = there;
+    }
+    start<1>(c, a, here);
+    if (left == 2) {
+      rows.read(a[1], here, 1);
+      wgmma_wait();
+      start<1>(c, a, here, 1);
+    }
+    end(here);
+  }
+  // c[half][tile] = rows . columns
+  template <int TILES> __device__ __forceinline__ void multiply(float (&c)[2][TILES][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          c[half][tile][i] = 0.0f;
+    if constexpr (TILES > 16) {
+      wgmma_results(c); // zeros now, not between products: ptxas would have them run one by one
+      multiply_chunks(c);
+    } else {
+      multiply_steps(c);
     }
     wgmma_results(c);
   }
@@ -125,13 +165,17 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
         threadIdx.x < item.count ? __ldcg(plan.lists.routes + item.first + threadIdx.x) : 0; // known by the end
     auto serve = [&](auto &c) {
       multiplier.multiply(c);
-      if (threadIdx.x < item.count) routes[threadIdx.x] = own;
+      const Item ended = shared.items[number % kItems]; // read again: registers are short in between
+      if (threadIdx.x < ended.count) routes[threadIdx.x] = own;
       // whoever comes back to these places has met the others once more
       meet_in_item<Op>();
-      if (group < item.units) op.finish(c, item, item.unit + group, warp, lane, routes);
+      if (group < ended.units) op.finish(c, ended, ended.unit + group, warp, lane, routes);
     };
     if (Sizes::kColumns > 64 && columns > 64) {
-      if (columns > 96) {
+      if (Sizes::kColumns > 128 && columns > 128) {
+        float c[2][Sizes::kColumns > 128 ? 20 : 2][4];
+        serve(c);
+      } else if (columns > 96) {
         float c[2][Sizes::kColumns > 64 ? 16 : 2][4];
         serve(c);
       } else {
@@ -181,12 +225,12 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
   if (!plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
   allow_next_grid();
-  prepare<Sizes, Sizes::kColumns / Op::kParts>(shared, s, plan);
+  prepare<Sizes, Op::kParts>(shared, s, plan);
   if (threadIdx.x < kMultiplyingThreads) {
-    take_registers<kMultiplyingRegisters>();
+    take_registers<Sizes::kMultiplyingRegisters>();
     multiply_items<T>(op, plan, shared);
   } else {
-    give_registers<kBringingRegisters>();
+    give_registers<Sizes::kBringingRegisters>();
     const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32;
     if (warp == 0 && elected()) Bringer<Sizes, Op>{op, s, plan, rows, columns, shared}.run();
     if (Op::kTells && warp == 1) tell_items<Sizes>(op, shared);

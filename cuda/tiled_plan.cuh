@@ -15,8 +15,6 @@ constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
 // One more warpgroup, of which one lane has everything brought, and gate_up's second warp tells what is finished:
 // registers change hands between warpgroups.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
-constexpr int kMultiplyingRegisters = 224, kBringingRegisters = 56;
-static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kTiledThreads / 8 * 8), "of a block");
 constexpr int kUnitBytes = kUnitRows * kStepBytes;        // of a step of a unit's rows
 constexpr int kGroupStepBytes = kStep / 8 * kMatrixBytes; // of a step of a group of columns
 constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
@@ -24,11 +22,22 @@ constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 // COLUMNS: at a time. STAGES: steps of rows and columns on their way or ready. BOX: groups of columns brought at once.
 template <int COLUMNS, int STAGES, int BOX> struct TiledSizes {
   static constexpr int kColumns = COLUMNS, kStages = STAGES, kBox = BOX;
+  // Of an item that has not all of its expert's routes: more columns take longer, and save a second reading of the rows
+  // only where they are all.
+  static constexpr int kPartColumns = COLUMNS < 128 ? COLUMNS : 128;
+  // Of a multiplying thread, and of one that brings or tells.
+  static constexpr int kMultiplyingRegisters = COLUMNS > 128 ? 240 : 224;
+  static constexpr int kBringingRegisters = COLUMNS > 128 ? 24 : 56;
+  static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kTiledThreads / 8 * 8));
 };
 // Up to so many routes an expert, on average, reading the rows is all that counts: small tiles, and a deep ring.
 constexpr int kFewRoutes = 24;
 using FewRoutes = TiledSizes<64, 5, 2>;
 using ManyRoutes = TiledSizes<128, 4, 4>;
+// For down, where a route has two columns, up to so many: Mixtral-8x7B has 64 +- 7 routes an expert at T = 256, and
+// half of its experts were read twice (835 us, 736 so). With more, half of the experts would be here, too.
+constexpr int kSomeRoutes = 72;
+using SomeRoutes = TiledSizes<160, 4, 4>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -38,9 +47,9 @@ struct TiledPlan {
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do
-  // The units of gate_up for each kColumns routes of an expert: down waits for those of the experts that it serves. 0:
-  // it waits for the end of the grid.
-  int awaited_units;
+  // The units of gate_up for each so many routes of an expert: down waits for those of the experts that it serves. 0
+  // units: it waits for the end of the grid.
+  int awaited_units, awaited_routes;
 };
 
 // Routes [first, first + count) of the expert's list, whose columns begin at `group`; units of rows from `unit` on.
@@ -67,14 +76,19 @@ template <class Sizes> struct TiledShared {
   int32_t awaited;                       // units of gate_up, of all experts
 };
 
-// Items that share an expert's rows, by its routes.
-template <int ROUTES> __device__ __forceinline__ int tiles_of(int routes) {
-  return (routes + ROUTES - 1) / ROUTES;
+// Items that share an expert's rows, by its routes, PARTS columns a route.
+template <class Sizes, int PARTS> __device__ __forceinline__ int tiles_of(int routes) {
+  constexpr int all = Sizes::kColumns / PARTS, part = Sizes::kPartColumns / PARTS;
+  return all > part && routes <= all ? routes > 0 : (routes + part - 1) / part;
+}
+// Units of gate_up that an expert with so many routes has.
+__device__ __forceinline__ int awaited_of(int routes, const TiledPlan &plan) {
+  return plan.awaited_units ? (routes + plan.awaited_routes - 1) / plan.awaited_routes * plan.awaited_units : 0;
 }
 
 // All threads: barriers, and the places of the experts' items. Lists are read past L1: where they are read before the
 // grid before has ended, nothing else says that L1 has not those of an earlier call.
-template <class Sizes, int ROUTES>
+template <class Sizes, int PARTS>
 __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
   const int thread = threadIdx.x;
   if (thread >= 32 && thread < 32 + Sizes::kStages) {
@@ -91,8 +105,8 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
     for (int base = 0; base < s.experts; base += 32) {
       const int e = base + thread;
       const int count = e < s.experts ? shared.offsets[e + 1] - shared.offsets[e] : 0;
-      const int own = tiles_of<ROUTES>(count) * blocks;
-      awaited += tiles_of<Sizes::kColumns>(count) * plan.awaited_units;
+      const int own = tiles_of<Sizes, PARTS>(count) * blocks;
+      awaited += awaited_of(count, plan);
       int sum = own;
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(~0u, sum, distance);
@@ -108,7 +122,7 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
 }
 
 // The item at `position`.
-template <class Sizes, int ROUTES>
+template <class Sizes, int PARTS>
 __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &shared, const wd_moe_shape &s,
                                         const TiledPlan &plan) {
   Item item = {};
@@ -123,7 +137,7 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   }
   // An expert's routes in equal parts, of whole groups: a last part of a few routes would read all its rows for them.
   const int local = position - shared.before[low], offset = shared.offsets[low];
-  const int count = shared.offsets[low + 1] - offset, tiles = tiles_of<ROUTES>(count);
+  const int count = shared.offsets[low + 1] - offset, tiles = tiles_of<Sizes, PARTS>(count);
   const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
   const int tile = local % tiles; // neighbours share rows, in L2 at once
   item.expert = low;
@@ -141,7 +155,7 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   const int columns = PARTS * ((count + kGroup - 1) / kGroup * kGroup);
   if (columns <= 32) return columns <= 8 ? 8 : columns <= 16 ? 16 : 32;
   if (Sizes::kColumns <= 64 || columns <= 64) return 64;
-  return columns <= 96 ? 96 : 128;
+  return columns <= 96 ? 96 : columns <= 128 ? 128 : 160;
 }
 
 // Blocks that stay and take item after item; fewer where there cannot be as many items. Where that would be few, an

@@ -6,7 +6,7 @@ namespace wd {
 
 // One thread takes the items of its block, and has every step of each brought. Op: see tiled().
 template <class Sizes, class Op> struct Bringer {
-  static constexpr int ROUTES = Sizes::kColumns / Op::kParts, BOXES = kUnitRows / Op::kBoxRows;
+  static constexpr int PARTS = Op::kParts, BOXES = kUnitRows / Op::kBoxRows;
   const Op &op;
   const wd_moe_shape &s;
   const TiledPlan &plan;
@@ -25,7 +25,7 @@ template <class Sizes, class Op> struct Bringer {
   // this grid in only then.
   __device__ __forceinline__ bool meet(int expert) const {
     const int32_t *const served = plan.lists.served;
-    const int own = tiles_of<Sizes::kColumns>(shared.offsets[expert + 1] - shared.offsets[expert]) * plan.awaited_units;
+    const int own = awaited_of(shared.offsets[expert + 1] - shared.offsets[expert], plan);
     bool all;
     do
       all = load_relaxed(served + s.experts) == shared.awaited;
@@ -36,7 +36,7 @@ template <class Sizes, class Op> struct Bringer {
   }
   __device__ __forceinline__ void run() const {
     const int steps = steps_of(op.length());
-    Item item = item_at<Sizes, ROUTES>(blockIdx.x, shared, s, plan);
+    Item item = item_at<Sizes, PARTS>(blockIdx.x, shared, s, plan);
     // steps whose rows come before the grid before has ended
     int early = item.units > 0 ? min(steps, Sizes::kStages) : 0;
     for (int step = 0; step < early; step++) {
@@ -67,7 +67,7 @@ template <class Sizes, class Op> struct Bringer {
                        item.group * Op::kParts + box * Sizes::kBox, &shared.full[stage]);
         if (++stage == Sizes::kStages) stage = 0, round ^= 1;
       }
-      item = item_at<Sizes, ROUTES>(next, shared, s, plan);
+      item = item_at<Sizes, PARTS>(next, shared, s, plan);
     }
     if (plan.awaited_units > 0) wait_for_previous_grid(); // so that this grid's end is that one's, too
     barrier_wait(&shared.empty[stage], round);
@@ -91,15 +91,13 @@ template <class Sizes, class Op> struct RowReader {
         own[half][high] = unit + row * kStepBytes + (lane % 4 ^ row % 8) * 16;
       }
   }
-  // a[chunk][half][high]
-  __device__ __forceinline__ void read(uint4 (&a)[2][2][2], int stage) const {
+  // a[half][high], of a chunk of the step
+  __device__ __forceinline__ void read(uint4 (&a)[2][2], int stage, int chunk) const {
 #pragma unroll
-    for (int chunk = 0; chunk < 2; chunk++)
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int high = 0; high < 2; high++)
-          a[chunk][half][high] = load_shared((own[half][high] ^ chunk * 64) + stage * (kUnits * kUnitBytes));
+      for (int high = 0; high < 2; high++)
+        a[half][high] = load_shared((own[half][high] ^ chunk * 64) + stage * (kUnits * kUnitBytes));
   }
 };
 

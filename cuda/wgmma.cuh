@@ -25,6 +25,8 @@ template <class T, int TILES> struct Wgmma;
               "%56,%57,%58,%59,%60,%61,%62,%63"
 #define WD_NAMES_48 WD_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define WD_ACCUMULATORS_48(i) WD_ACCUMULATORS_32(i), WD_ACCUMULATORS_16(i + 8)
+#define WD_NAMES_80 WD_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define WD_ACCUMULATORS_80(i) WD_ACCUMULATORS_64(i), WD_ACCUMULATORS_16(i + 16)
 #define WD_WGMMA(type, name, tiles, columns, registers, a0n, a1n, a2n, a3n, dn)                                        \
   template <> struct Wgmma<type, tiles> {                                                                              \
     static __device__ __forceinline__ void multiply(float (&c)[tiles][4], uint32_t a0, uint32_t a1, uint32_t a2,       \
@@ -42,6 +44,7 @@ WD_WGMMA_TYPES(4, 32, 16, 16, 17, 18, 19, 20)
 WD_WGMMA_TYPES(8, 64, 32, 32, 33, 34, 35, 36)
 WD_WGMMA_TYPES(12, 96, 48, 48, 49, 50, 51, 52)
 WD_WGMMA_TYPES(16, 128, 64, 64, 65, 66, 67, 68)
+WD_WGMMA_TYPES(20, 160, 80, 80, 81, 82, 83, 84)
 
 // Before the first product after registers were written; after the last product of a group; until all are done.
 __device__ __forceinline__ void wgmma_fence() {

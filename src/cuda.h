@@ -37,7 +37,8 @@ size_t wd_cuda_scratch_bytes(const wd_moe_shape *shape);
 
 /* What down of a call is told of the gate_up before it, which says in the scratch what it has served. row_blocks: the
  * blocks (tiled: units of rows) that serve the same routes of an expert; 0: nothing is said before the grid ends.
- * grouped alone: splits such rows of blocks, of which z serves routes [z * split_routes, (z + 1) * split_routes) of the
+ * split_routes: how many routes of an expert they serve at once (tiled: each so many have units of their own). grouped
+ * alone: splits such rows of blocks, of which z serves routes [z * split_routes, (z + 1) * split_routes) of the
  * expert's, and every splits-th such range after it. */
 typedef struct {
   int32_t row_blocks, splits, split_routes;

@@ -11,14 +11,15 @@ import warpdecode
 from cases import make_layer, make_tokens
 from layouts import GATES, LAYOUTS, describe, draw_parts, draw_tokens
 
-CASES = (  # E, K, H, I, T: decode, odd sizes, lists sorted in memory, more than one column tile
-    (8, 4, 64, 32, 1),
-    (5, 2, 72, 40, 3),
-    (6, 3, 136, 104, 12),
-    (2, 2, 40, 24, 33),
-    (4, 2, 64, 32, 1100),
-    (3, 2, 136, 152, 130),
-    (6, 2, 40, 4000, 6),  # more blocks than run at once: down of grouped meets those of gate_up
+CASES = (  # E, K, H, I, T, routing: decode, odd sizes, lists sorted in memory, more than one column tile
+    (8, 4, 64, 32, 1, "out of range"),
+    (5, 2, 72, 40, 3, "out of range"),
+    (6, 3, 136, 104, 12, "out of range"),
+    (2, 2, 40, 24, 33, "out of range"),
+    (4, 2, 64, 32, 1100, "out of range"),
+    (3, 2, 136, 152, 130, "out of range"),
+    (6, 2, 40, 4000, 6, "out of range"),  # more blocks than run at once: down of grouped meets those of gate_up
+    (2, 2, 72, 104, 68, "uniform"),  # 68 routes an expert, in one item of tiled's down
 )
 
 
@@ -26,11 +27,11 @@ def main():
     """Runs every case on every kernel and checks that they agree, so that the sweep cannot pass by doing nothing."""
     runs = 0
     kernels = [kernel.name for kernel in warpdecode.kernels() if kernel.device == "cuda" and kernel.usable]
-    for experts, top_k, hidden, intermediate, tokens in CASES:
+    for experts, top_k, hidden, intermediate, tokens, routing in CASES:
         for dtype in (torch.bfloat16, torch.float16):
             layer = make_layer(experts, hidden, intermediate, dtype, "cpu")
             layer.gate_up, layer.down = layer.gate_up.cuda(), layer.down.cuda()  # initialised by copies: initcheck sees
-            call = make_tokens(layer, tokens, top_k, seed=tokens, routing="out of range")
+            call = make_tokens(layer, tokens, top_k, seed=tokens, routing=routing)
             outputs = []
             for name in kernels:
                 described = warpdecode.Experts(layer.gate_up, layer.down, kernel=name)

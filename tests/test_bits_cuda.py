@@ -208,6 +208,29 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
     assert all(torch.equal(out, wanted) for out, wanted in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("intermediate", [24, 64, 72, 424, 480])  # one chunk, a step, half a step more; many
+@pytest.mark.parametrize(
+    "lengths",  # few routes an expert, some, many: tiled's items end at 32 and 64, 80 and 128, 64 and 128
+    [(1, 8, 9, 31, 32, 33, 64, 0), (0, 63, 64, 65, 72, 80, 81, 100), (64, 65, 80, 81, 128, 129, 200, 1)],
+)
+def test_lists_that_just_fill_an_item(cuda, lengths, intermediate, dtype):
+    """Experts with so many routes, one more and one less: the layer, and each of the two kernels alone."""
+    if "cuda_tiled" not in kernels_of("cuda"):
+        pytest.skip("gpu: this one does not serve cuda_tiled")
+    layer = make_layer(len(lengths), 328, intermediate, dtype, cuda)
+    x, _, weights = make_tokens(layer, sum(lengths), 1, seed=intermediate)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[torch.randperm(sum(lengths))]
+    ids = ids[:, None].to(cuda)
+    tiled, grouped = (
+        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel) for kernel in ("cuda_tiled", "cuda_grouped")
+    )
+    assert torch.equal(tiled(x, ids, weights), grouped(x, ids, weights))
+    middle = warpdecode.moe_gate_up_3d_batched(tiled, x, ids)
+    assert torch.equal(middle, warpdecode.moe_gate_up_3d_batched(grouped, x, ids))
+    assert torch.equal(*(warpdecode.moe_down_3d_batched(call, middle, ids, weights) for call in (tiled, grouped)))
+
+
 @pytest.mark.parametrize("top_k", [1, 8, 10])
 def test_the_workspace_of_more_tokens_serves_fewer(cuda, top_k):
     """So a shorter last pass has room in what was asked for the first."""
