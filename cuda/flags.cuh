@@ -14,10 +14,11 @@
 
 namespace wd {
 
-// A block serves so many neurons or more.
+// For calls of up to so many routes: longer ones do not need them. And a block serves so many neurons or more.
+constexpr int kFlaggedRoutes = 1024;
 constexpr int kFlagNeurons = 32;
 inline size_t flags_bytes(const wd_moe_shape &s) {
-  if (needs_lists(s)) return 0; // a call is long enough not to need them
+  if (s.tokens * s.top_k > kFlaggedRoutes) return 0;
   const size_t blocks = (size_t)serving_blocks(s) * list_splits(s);
   return blocks * ((s.intermediate + kFlagNeurons - 1) / kFlagNeurons) * sizeof(int32_t);
 }
@@ -79,7 +80,7 @@ inline wd_status flags_for(Flags *flags, const wd_moe_shape &s, void *scratch, w
   const bool many = grid.row_blocks * experts > 5 * sms,
              together = !routes_an_expert(s, 2) && s.hidden / 128 * experts <= 2 * sms;
   *flags = {};
-  if (handover && early_launch && many && !together && !needs_lists(s)) *handover = grid;
+  if (handover && early_launch && many && !together && s.tokens * s.top_k <= kFlaggedRoutes) *handover = grid;
   if (handover) *flags = handed_over(s, scratch, *handover);
   return WD_OK;
 }
