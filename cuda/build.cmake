@@ -82,7 +82,7 @@ foreach(source IN LISTS cuda_sources)
   get_filename_component(stem ${source} NAME_WE)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda_${stem}.o)
   set(flags ${nvcc_flags})
-  if(stem MATCHES "_tiled$")
+  if(stem MATCHES "_tiled(_f16)?$")
     set(flags ${tiled_flags})
   endif()
   add_custom_command(OUTPUT ${object}

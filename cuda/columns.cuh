@@ -6,7 +6,12 @@
 //
 //   [group][part][4 chunk + j][column of the group][piece]   4 bytes each
 //
-// the same values in the same products. Rows are filled up with zeros to whole chunks, lists to whole groups.
+// the same values in the same products. Rows are filled up with zeros to whole chunks, lists to whole groups. So down's
+// columns lie. gate_up's are tokens, of which each serves several routes; they lie apart,
+//
+//   [token][4 chunk + j][piece]
+//
+// and are put into matrices on their way to shared memory (TokenColumns).
 #pragma once
 #include "common.cuh"
 
@@ -17,6 +22,10 @@ constexpr int kGroup = 8, kMatrixBytes = kGroup * 16;
 // Of one part of a group, for columns of `length` values.
 __host__ __device__ __forceinline__ int64_t group_bytes(int length) {
   return (int64_t)chunks_of(length) * 4 * kMatrixBytes;
+}
+// Of the columns of all tokens of a call.
+__host__ __device__ __forceinline__ size_t token_columns_bytes(const wd_moe_shape &s) {
+  return (size_t)s.tokens * chunks_of(s.hidden) * 2 * kChunk;
 }
 // Where value i (even) and its neighbour lie in column 0 of a part of a group, in bytes.
 __device__ __forceinline__ int place_in_group(int i) {

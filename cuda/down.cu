@@ -187,9 +187,8 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
     // behind our own gate_up the lists are there: it made them, and let this grid start only then
     const bool gather = schedule == WD_CUDA_TILED && !behind_gate_up; // then behind the scratch is room for columns
     if (gather) columns = (char *)args.scratch + wd_cuda_scratch_bytes(&s);
-    if (!behind_gate_up)
-      WD_TRY(sort_routes(s, args.topk_ids, args.scratch, gather ? args.intermediate : nullptr, (void *)columns, 2,
-                         s.intermediate, stream));
+    if (!behind_gate_up) WD_TRY(sort_routes(s, args.topk_ids, args.scratch, nullptr, nullptr, stream));
+    if (gather) WD_TRY(sort_columns(s, args.scratch, args.intermediate, (void *)columns, 2, s.intermediate, stream));
     lists = sorted_routes(s, args.scratch);
   }
   if (schedule == WD_CUDA_TILED)
@@ -204,12 +203,11 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
 
 } // namespace wd
 
-// Lists, then v[T*K, H]; behind it flags (grouped) or columns of hidden states (tiled, where down meets by expert; else
-// they lie where v will be).
+// Lists, then v[T*K, H]; behind it flags (grouped) or columns of gate_up (tiled, where down meets by expert; else they
+// lie where v will be).
 static size_t scratch_of(wd_moe_shape s, int64_t tokens) {
   s.tokens = tokens;
-  const size_t v = wd::down_values_bytes(s), grouped = v + wd::flags_bytes(s);
-  const size_t columns = (size_t)wd_column_groups(&s) * wd::group_bytes(s.hidden);
+  const size_t v = wd::down_values_bytes(s), grouped = v + wd::flags_bytes(s), columns = wd::gate_up_columns_bytes(s);
   const size_t tiled = wd::meets_by_expert(s) ? v + columns : v > columns ? v : columns;
   return wd::sorted_routes_span(s) + wd::align16(grouped > tiled ? grouped : tiled);
 }

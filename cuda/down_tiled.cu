@@ -10,9 +10,10 @@
 
 namespace wd {
 
-template <class T> struct Down {
+template <class T, class Sizes> struct Down {
   static constexpr int kParts = 2;
-  static constexpr bool kTells = false;
+  static constexpr bool kTells = false, kGuesses = false;
+  using Columns = BoxedColumns<Sizes, kParts>;
   __device__ __forceinline__ void tell(const Item &) const {
   }
   const wd_down_args &args;
@@ -54,11 +55,11 @@ template <class T> struct Down {
 };
 
 template <class T, class Sizes>
-__global__ void __launch_bounds__(kTiledThreads, 1)
+__global__ void __launch_bounds__(Sizes::kBoundThreads, 1)
     down_tiled_kernel(const __grid_constant__ wd_down_args args, const __grid_constant__ TiledPlan plan,
                       const __grid_constant__ RowMaps rows, const __grid_constant__ CUtensorMap columns) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  tiled<T, Sizes>(Down<T>{args}, args.shape, plan, rows, columns);
+  tiled<T, Sizes>(Down<T, Sizes>{args}, args.shape, plan, rows, columns);
 #endif
 }
 
@@ -77,7 +78,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   RowMaps row_maps;
   CUtensorMap column_map;
   WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
-                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T>::kBoxRows, s.kept));
+                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T, Sizes>::kBoxRows, s.kept));
   row_maps.box[1] = row_maps.box[0]; // not used
   WD_TRY(describe_columns(&column_map, columns, s.intermediate, 2 * wd_column_groups(&s), Sizes::kBox));
   dim3 grid;

@@ -163,8 +163,9 @@ wd_status gate_up(const wd_gate_up_args &args, wd_cuda_schedule schedule, wd_cud
     const bool tiled = schedule == WD_CUDA_TILED;
     // where v of down will be, or behind it
     void *columns = (char *)args.scratch + sorted_routes_span(s) + (meets_by_expert(s) ? down_values_bytes(s) : 0);
-    WD_TRY(sort_routes(s, args.topk_ids, args.scratch, tiled ? args.hidden_states : nullptr, columns, 1, s.hidden,
-                       stream));
+    const bool by_token = tiled && columns_are_tokens(s);
+    WD_TRY(sort_routes(s, args.topk_ids, args.scratch, by_token ? args.hidden_states : nullptr, columns, stream));
+    if (tiled && !by_token) WD_TRY(sort_columns(s, args.scratch, args.hidden_states, columns, 1, s.hidden, stream));
     lists = sorted_routes(s, args.scratch);
     if (tiled) return gate_up_tiled(args, lists, columns, handover, stream);
   }

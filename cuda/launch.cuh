@@ -54,12 +54,15 @@ constexpr size_t align16(size_t bytes) {
 
 struct RouteLists;
 
-// Routes sorted by expert (routes.cu), at the start of the scratch: where they lie, and the launch. With a source, also
-// the columns of the tiled schedule (columns.cuh) in target: from hidden states [T, length] (one part), or from an
-// intermediate [T, K, parts, length].
+// Routes sorted by expert (routes.cu), at the start of the scratch: where they lie, and the launch. With hidden_states
+// [T, H], those as columns of tokens (columns.cuh), too.
 RouteLists sorted_routes(const wd_moe_shape &shape, void *scratch);
-wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *source, void *target,
-                      int parts, int length, cudaStream_t stream);
+wd_status sort_routes(const wd_moe_shape &shape, const void *topk_ids, void *scratch, const void *hidden_states,
+                      void *columns, cudaStream_t stream);
+// Behind sort_routes: groups of columns (columns.cuh), from hidden states [T, length] (one part), or from an
+// intermediate [T, K, parts, length].
+wd_status sort_columns(const wd_moe_shape &shape, void *scratch, const void *source, void *columns, int parts,
+                       int length, cudaStream_t stream);
 
 // down, direct schedule. dependent: the grid before is this call's gate_up.
 wd_status down_direct(const wd_down_args &args, bool dependent, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// routes.cu - what the schedules for many tokens prepare: routes sorted by expert, and their columns for wgmma.
+// routes.cu - what the schedules for many tokens prepare: routes sorted by expert, and columns for wgmma.
 //
 //   offsets[e] = number of routes whose id is valid and below e;  routes[offsets[e] ..] = routes of e, ascending
 //
@@ -14,13 +14,6 @@ namespace wd {
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// Rows as callers have them, and where they go as columns (columns.cuh). source == NULL: nowhere.
-struct Gathering {
-  const void *source; // [T, length] with one part, else [T, K, parts, length]
-  void *target;
-  int parts, length;
-};
-
 // One chunk of a column, on its way through registers.
 struct Chunk {
   uint4 piece[4];
@@ -29,50 +22,47 @@ struct Chunk {
     for (int p = 0; p < 4; p++)
       piece[p] = load_valid(from + 8 * p, valid && 8 * p < left);
   }
-  __device__ __forceinline__ void store(uint4 *to, uint64_t policy) const {
+  // Its words to four places, `stride` apart.
+  __device__ __forceinline__ void store(uint4 *to, int stride, uint64_t policy) const {
     store_kept(to, make_uint4(piece[0].x, piece[1].x, piece[2].x, piece[3].x), policy);
-    store_kept(to + kGroup, make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y), policy);
-    store_kept(to + 2 * kGroup, make_uint4(piece[0].z, piece[1].z, piece[2].z, piece[3].z), policy);
-    store_kept(to + 3 * kGroup, make_uint4(piece[0].w, piece[1].w, piece[2].w, piece[3].w), policy);
+    store_kept(to + stride, make_uint4(piece[0].y, piece[1].y, piece[2].y, piece[3].y), policy);
+    store_kept(to + 2 * stride, make_uint4(piece[0].z, piece[1].z, piece[2].z, piece[3].z), policy);
+    store_kept(to + 3 * stride, make_uint4(piece[0].w, piece[1].w, piece[2].w, piece[3].w), policy);
   }
 };
 
-// The block gathers a group; `route` is that of this thread's column, thread % 8, or -1 for none. A thread moves two
-// chunks at a time, and eight neighbours write whole matrices.
-__device__ __forceinline__ void gather_group(const Gathering &g, int route, const wd_moe_shape &s, int64_t group) {
-  const int chunks = chunks_of(g.length), work = g.parts * chunks, stride = (int)blockDim.x / kGroup;
-  const uint64_t policy = policy_for_kept(s);
-  const int64_t row = g.parts == 1 ? route / s.top_k : (int64_t)route * g.parts;
-  const uint16_t *from = (const uint16_t *)g.source + row * g.length;
-  uint4 *to = (uint4 *)((uint8_t *)g.target + group * g.parts * group_bytes(g.length)) + threadIdx.x % kGroup;
-  auto load = [&](Chunk &chunk, int item) {
-    const int part = item / chunks, begin = item % chunks * kChunk;
-    chunk.load(from + part * (int64_t)g.length + begin, g.length - begin, route >= 0 && item < work);
-  };
-  for (int item = threadIdx.x / kGroup; item < work; item += 2 * stride) {
-    Chunk one, two;
-    load(one, item), load(two, item + stride);
-    one.store(to + (int64_t)item * 4 * kGroup, policy);
-    if (item + stride < work) two.store(to + (int64_t)(item + stride) * 4 * kGroup, policy);
-  }
-}
-
 // ---- lists ----------------------------------------------------------------------------------------------------------
 
-constexpr int kSortThreads = 512, kSortWarps = kSortThreads / 32;
-constexpr int kRunsAtOnce = 8; // whose ids are on their way together: all of a warp's, up to 4096 routes
-constexpr int kMostRuns = WD_CUDA_MOST_ROUTES / 32; // of 32 routes
+constexpr int kSortThreads = 256, kMostSortThreads = 1024, kFewRuns = 128; // of 32 routes; for more, more threads
+constexpr int kRunsAtOnce = 4;                                             // whose ids are on their way together
 
-// grid (experts, parts of an expert's columns): all list, for themselves, and the first for others, too.
-__global__ void __launch_bounds__(kSortThreads)
+// Hidden states [T, length], and where they go as columns of tokens (columns.cuh). source == NULL: nowhere.
+struct Tokens {
+  const void *source;
+  void *target;
+  int length;
+};
+
+// Puts chunk i of all tokens' in order.
+__device__ __forceinline__ void order_tokens(const Tokens &tokens, const wd_moe_shape &s, int i) {
+  const int chunks = chunks_of(tokens.length), token = i / chunks, begin = (i - token * chunks) * kChunk;
+  if (token >= s.tokens) return;
+  Chunk chunk;
+  chunk.load((const uint16_t *)tokens.source + (int64_t)token * tokens.length + begin, tokens.length - begin, true);
+  chunk.store((uint4 *)tokens.target + 4 * (int64_t)i, 1, policy_for_kept(s));
+}
+
+// A block for each expert, and those that put tokens in order. Few registers: beside them a block of gate_up begins.
+__global__ void __launch_bounds__(kMostSortThreads, 2)
     sort_by_expert(const wd_moe_shape s, const void *ids, int32_t *taken, int32_t *served, int32_t *offsets,
-                   int32_t *lists, const Gathering gathering) {
-  __shared__ int32_t below[kSortWarps], mine[kSortWarps], listed[kListedRoutes];
-  __shared__ uint32_t matches[kMostRuns]; // of the runs
-  allow_next_grid();                      // it waits for this one before it looks
-  const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+                   int32_t *lists, const Tokens tokens) {
+  extern __shared__ uint32_t matches[]; // of each run of 32 routes
+  __shared__ int32_t below[kMostSortThreads / 32], mine[kMostSortThreads / 32];
+  allow_next_grid(); // it waits for this one before it looks
+  if ((int)blockIdx.x >= s.experts) return order_tokens(tokens, s, (blockIdx.x - s.experts) * blockDim.x + threadIdx.x);
+  const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = blockDim.x / 32;
   // A warp owns some runs: it counts, learns what lies before it, and writes, without waiting for the others.
-  const int routes = (int)(s.tokens * s.top_k), runs = (routes + 31) / 32, each = (runs + kSortWarps - 1) / kSortWarps;
+  const int routes = (int)(s.tokens * s.top_k), runs = (routes + 31) / 32, each = (runs + warps - 1) / warps;
   const int begin = warp * each, end = min(begin + each, runs);
   int lower = 0, own = 0;
   for (int first = begin; first < end; first += kRunsAtOnce) {
@@ -93,43 +83,49 @@ __global__ void __launch_bounds__(kSortThreads)
   if (lane == 0) below[warp] = lower, mine[warp] = own;
   __syncthreads();
   int offset = 0, place = 0, count = 0;
-  for (int w = 0; w < kSortWarps; w++)
+  for (int w = 0; w < warps; w++)
     offset += below[w], place += w < warp ? mine[w] : 0, count += mine[w];
-  const bool writes = blockIdx.y == 0;
-  if (writes && thread == 0) offsets[expert] = offset, served[expert] = 0;
-  if (writes && thread == 0 && expert == s.experts - 1) offsets[s.experts] = offset + count;
-  if (writes && thread < 2 && expert == 0) taken[thread] = 0, served[s.experts] = 0;
-  if (own != 0)
-    for (int run = begin; run < end; run++) {
-      const unsigned votes = matches[run];
-      const int i = place + __popc(votes & ((1u << lane) - 1));
-      if (votes >> lane & 1) {
-        if (writes) lists[offset + i] = run * 32 + lane;
-        if (gathering.source) listed[i] = run * 32 + lane;
-      }
-      place += __popc(votes);
-    }
-  if (!gathering.source) return;
-  __syncthreads();
-  const int64_t first = first_group(offset, expert, s);
-  for (int group = blockIdx.y; group * kGroup < count; group += gridDim.y) {
-    const int i = group * kGroup + thread % kGroup;
-    gather_group(gathering, i < count ? listed[i] : -1, s, first + group);
+  if (thread == 0) offsets[expert] = offset, served[expert] = 0;
+  if (thread == 0 && expert == s.experts - 1) offsets[s.experts] = offset + count;
+  if (thread < 2 && expert == 0) taken[thread] = 0, served[s.experts] = 0;
+  if (own == 0) return;
+  for (int run = begin; run < end; run++) {
+    const unsigned votes = matches[run];
+    if (votes >> lane & 1) lists[offset + place + __popc(votes & ((1u << lane) - 1))] = run * 32 + lane;
+    place += __popc(votes);
   }
 }
 
+// ---- columns, sorted ------------------------------------------------------------------------------------------------
+
 constexpr int kGatherThreads = 256;
 
-// grid (experts, parts of an expert's columns)
-__global__ void __launch_bounds__(kGatherThreads, 4)
-    gather_columns(const wd_moe_shape s, RouteLists lists, const Gathering gathering) {
+// Groups of columns (columns.cuh); a thread moves two chunks at a time, and eight neighbours write whole matrices.
+// source: [T, length] with one part, else [T, K, parts, length]. grid (experts, parts of an expert's columns)
+__global__ void __launch_bounds__(kGatherThreads, 3)
+    gather_columns(const wd_moe_shape s, const RouteLists lists, const void *source, void *columns, int parts,
+                   int length) {
   wait_for_previous_grid();
   allow_next_grid();
   const int expert = blockIdx.x, offset = lists.offsets[expert], count = lists.offsets[expert + 1] - offset;
-  const int64_t first = first_group(offset, expert, s);
+  const int chunks = chunks_of(length), work = parts * chunks, stride = kGatherThreads / kGroup;
+  const uint64_t policy = policy_for_kept(s);
   for (int group = blockIdx.y; group * kGroup < count; group += gridDim.y) {
-    const int i = group * kGroup + threadIdx.x % kGroup;
-    gather_group(gathering, i < count ? lists.routes[offset + i] : -1, s, first + group);
+    const int i = group * kGroup + threadIdx.x % kGroup, route = i < count ? lists.routes[offset + i] : -1;
+    const int64_t row = parts == 1 ? route / s.top_k : (int64_t)route * parts;
+    const uint16_t *from = (const uint16_t *)source + row * length;
+    uint8_t *const place = (uint8_t *)columns + (first_group(offset, expert, s) + group) * parts * group_bytes(length);
+    uint4 *to = (uint4 *)place + threadIdx.x % kGroup;
+    auto load = [&](Chunk &chunk, int item) {
+      const int part = item / chunks, begin = item % chunks * kChunk;
+      chunk.load(from + part * (int64_t)length + begin, length - begin, route >= 0 && item < work);
+    };
+    for (int item = threadIdx.x / kGroup; item < work; item += 2 * stride) {
+      Chunk one, two;
+      load(one, item), load(two, item + stride);
+      one.store(to + (int64_t)item * 4 * kGroup, kGroup, policy);
+      if (item + stride < work) two.store(to + (int64_t)(item + stride) * 4 * kGroup, kGroup, policy);
+    }
   }
 }
 
@@ -139,23 +135,24 @@ RouteLists sorted_routes(const wd_moe_shape &s, void *scratch) {
   return {offsets, served + s.experts + 1, taken, served};
 }
 
-wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, const void *source, void *target,
-                      int parts, int length, cudaStream_t stream) {
+wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, const void *hidden_states, void *columns,
+                      cudaStream_t stream) {
   const RouteLists lists = sorted_routes(s, scratch);
-  const Gathering gathering = {source, target, parts, length}, later = {};
-  const int64_t routes = s.tokens * s.top_k, groups = routes / kGroup / s.experts + 1; // of an expert, drawn evenly
-  const bool at_once = source != nullptr && routes <= kListedRoutes;
-  int blocks;
-  WD_TRY(multiprocessors(&blocks));
-  const int64_t fit = 2 * blocks / s.experts, room = fit < 1 ? 1 : fit; // two blocks of these an SM
-  const int64_t splits = at_once ? (groups < room ? groups : room) : 1;
-  WD_TRY(launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)s.experts, (unsigned)splits),
-                                       dim3(kSortThreads), 0, stream, false, s, ids, lists.taken, lists.served,
-                                       (int32_t *)lists.offsets, (int32_t *)lists.routes, at_once ? gathering : later));
-  if (source == nullptr || at_once) return WD_OK;
-  return launch_shared<gather_columns>("gather_columns",
-                                       dim3((unsigned)s.experts, (unsigned)(groups < 1024 ? groups : 1024)),
-                                       dim3(kGatherThreads), 0, stream, true, s, lists, gathering);
+  const Tokens tokens = {hidden_states, columns, s.hidden};
+  const int64_t runs = (s.tokens * s.top_k + 31) / 32, chunks = hidden_states ? s.tokens * chunks_of(s.hidden) : 0;
+  const int threads = runs <= kFewRuns ? kSortThreads : kMostSortThreads;
+  return launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)(s.experts + (chunks + threads - 1) / threads)),
+                                       dim3(threads), (size_t)runs * sizeof(uint32_t), stream, false, s, ids,
+                                       lists.taken, lists.served, (int32_t *)lists.offsets, (int32_t *)lists.routes,
+                                       tokens);
+}
+
+wd_status sort_columns(const wd_moe_shape &s, void *scratch, const void *source, void *columns, int parts, int length,
+                       cudaStream_t stream) {
+  const int64_t groups = s.tokens * s.top_k / kGroup / s.experts + 1; // of an expert, drawn evenly
+  return launch_shared<gather_columns>(
+      "gather_columns", dim3((unsigned)s.experts, (unsigned)(groups < 1024 ? groups : 1024)), dim3(kGatherThreads), 0,
+      stream, true, s, sorted_routes(s, scratch), source, columns, parts, length);
 }
 
 } // namespace wd

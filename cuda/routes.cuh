@@ -1,5 +1,6 @@
 // routes.cuh - which routes go to an expert: a search within the block for decode, sorted lists for many tokens.
 #pragma once
+#include "columns.cuh"
 #include "common.cuh"
 #include "device.cuh"
 
@@ -19,13 +20,28 @@ inline size_t searched_bytes(const wd_moe_shape &s) {
   return needs_lists(s) ? 0 : (size_t)(s.tokens * s.top_k) * sizeof(int32_t);
 }
 
-// Up to this many routes of a call a block of sort_by_expert has room for its expert's list, and gathers the columns,
-// too; and tiled's down serves an expert as soon as gate_up has (TiledPlan::awaited_units): v[T*K, H] then has a place
-// of its own, which the columns of hidden states do not share. Beyond, what is won is little beside the rest, and
-// memory is not.
+// Up to this many routes of a call tiled's down serves an expert as soon as gate_up has (TiledPlan::awaited_units):
+// v[T*K, H] then has a place of its own, which gate_up's columns do not share; and gate_up guesses where its blocks
+// begin (Bringer::guess). Beyond, what is won is little beside the rest, and memory is not.
 constexpr int kListedRoutes = 4096;
 inline bool meets_by_expert(const wd_moe_shape &s) {
   return s.tokens * s.top_k <= kListedRoutes;
+}
+
+// Up to so many routes an expert, on average, reading its rows is all that counts: tiled has small tiles then, and a
+// deep ring.
+constexpr int kFewRoutes = 24;
+
+// Whether columns of tiled's gate_up are tokens (columns.cuh): nothing is gathered, which Qwen3-30B-A3B at T = 128 took
+// 9 of 288 us for, 16 of 307 at 256. One warp brings them; more than 48 routes an expert it cannot bring as fast as the
+// rows come (Mixtral-8x7B at T = 256: 13% longer), and from 24 on it pays only where gathering is much (OLMoE at 256:
+// 5% less; Mixtral at 128: 4% more).
+inline bool columns_are_tokens(const wd_moe_shape &s) {
+  const int64_t routes = s.tokens * s.top_k;
+  return routes_an_expert(s, kFewRoutes) || (routes_an_expert(s, 48) && routes > 1024 && routes <= kListedRoutes);
+}
+inline size_t gate_up_columns_bytes(const wd_moe_shape &s) {
+  return columns_are_tokens(s) ? token_columns_bytes(s) : (size_t)wd_column_groups(&s) * group_bytes(s.hidden);
 }
 
 // Bytes of v[T*K, H] of down: a multiple of 32.

@@ -218,21 +218,26 @@ __device__ __forceinline__ void tell_items(const Op &op, const TiledShared<Sizes
 //   finish(c, item, unit, warp, lane, routes)   what becomes of the dot products. Tile i of c is group i / PARTS of the
 //                                 item, part i % PARTS; routes: those of the item
 //   kTells, tell(item)            whether somebody waits for items; that this one is finished
+//   Columns                       how columns come (tiled_streams.cuh)
+//   kGuesses                      whether rows come before the lists are there
 template <class T, class Sizes, class Op>
 __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const TiledPlan &plan, const RowMaps &rows,
-                                      const CUtensorMap &columns) {
+                                      const typename Op::Columns::Source &columns) {
+  using Columns = typename Op::Columns;
   extern __shared__ __align__(1024) uint8_t memory[];
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
+  const Bringer<Sizes, Op> bringer = {op, s, plan, rows, columns, shared};
+  if (Op::kGuesses && plan.guesses && threadIdx.x / 32 == kMultiplyingThreads / 32 && elected()) bringer.guess();
   if (!plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
   allow_next_grid();
-  prepare<Sizes, Op::kParts>(shared, s, plan);
+  prepare<Sizes, Op::kParts>(shared, s, plan, 1 + Columns::kArrivals);
   if (threadIdx.x < kMultiplyingThreads) {
     take_registers<Sizes::kMultiplyingRegisters>();
     multiply_items<T>(op, plan, shared);
   } else {
     give_registers<Sizes::kBringingRegisters>();
     const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32;
-    if (warp == 0 && elected()) Bringer<Sizes, Op>{op, s, plan, rows, columns, shared}.run();
+    if (warp == 0 && (Columns::kByWarp || elected())) bringer.run();
     if (Op::kTells && warp == 1) tell_items<Sizes>(op, shared);
   }
 }

@@ -12,7 +12,7 @@ namespace wd {
 constexpr int kWarpgroup = 128, kUnitRows = 128;
 constexpr int kUnits = 2; // of a block: a warpgroup multiplies one
 constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
-// One more warpgroup, of which one lane has everything brought, and gate_up's second warp tells what is finished:
+// One more warpgroup, of which one warp has everything brought, and gate_up's second warp tells what is finished:
 // registers change hands between warpgroups.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
 constexpr int kUnitBytes = kUnitRows * kStepBytes;        // of a step of a unit's rows
@@ -26,12 +26,13 @@ template <int COLUMNS, int STAGES, int BOX> struct TiledSizes {
   // only where they are all.
   static constexpr int kPartColumns = COLUMNS < 128 ? COLUMNS : 128;
   // Of a multiplying thread, and of one that brings or tells.
-  static constexpr int kMultiplyingRegisters = COLUMNS > 128 ? 240 : 224;
+  static constexpr int kMultiplyingRegisters = COLUMNS > 128 ? 240 : COLUMNS > 64 ? 224 : 160;
   static constexpr int kBringingRegisters = COLUMNS > 128 ? 24 : 56;
-  static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kTiledThreads / 8 * 8));
+  // For __launch_bounds__: how many threads would take all registers. Few columns leave a quarter of them to the grid
+  // before, beside which a block then begins.
+  static constexpr int kBoundThreads = COLUMNS > 64 ? kTiledThreads : 512;
+  static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kBoundThreads / 8 * 8));
 };
-// Up to so many routes an expert, on average, reading the rows is all that counts: small tiles, and a deep ring.
-constexpr int kFewRoutes = 24;
 using FewRoutes = TiledSizes<64, 5, 2>;
 using ManyRoutes = TiledSizes<128, 4, 4>;
 // For down, where a route has two columns, up to so many: Mixtral-8x7B has 64 +- 7 routes an expert at T = 256, and
@@ -48,6 +49,7 @@ struct TiledPlan {
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
   bool dependent;   // the columns come from the grid before, which may still run; else the lists do
+  bool guesses;     // each block's first item, before there are lists
   // The units of gate_up for each so many routes of an expert: down waits for those of the experts that it serves. 0
   // units: it waits for the end of the grid.
   int awaited_units, awaited_routes;
@@ -70,10 +72,12 @@ template <class Sizes> struct TiledShared {
   alignas(1024) uint8_t rows[Sizes::kStages][kUnits][kUnitBytes];
   uint8_t columns[Sizes::kStages][Sizes::kColumns / kGroup][kGroupStepBytes];
   uint64_t full[Sizes::kStages], empty[Sizes::kStages];
-  Item items[kItems];                    // for the other warps: there when the item's first step is
+  alignas(16) Item items[kItems]; // for the other warps: there when the item's first step is. Read 16 bytes at a time
+  uint64_t guessed;               // a barrier: of the rows of a guessed item's first steps
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
+  int32_t tokens[Sizes::kColumns];       // of the item that is brought: where they lie (TokenColumns)
   int32_t awaited;                       // units of gate_up, of all experts
 };
 
@@ -87,13 +91,14 @@ __device__ __forceinline__ int awaited_of(int routes, const TiledPlan &plan) {
   return plan.awaited_units ? (routes + plan.awaited_routes - 1) / plan.awaited_routes * plan.awaited_units : 0;
 }
 
-// All threads: barriers, and the places of the experts' items. Lists are read past L1: where they are read before the
-// grid before has ended, nothing else says that L1 has not those of an earlier call.
+// All threads: barriers (arrivals: of the full ones), and the places of the experts' items. Lists are read past L1:
+// where they are read before the grid before has ended, nothing else says that L1 has not those of an earlier call.
 template <class Sizes, int PARTS>
-__device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
+__device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan,
+                                        int arrivals) {
   const int thread = threadIdx.x;
   if (thread >= 32 && thread < 32 + Sizes::kStages) {
-    barrier_init(&shared.full[thread - 32], 1);
+    barrier_init(&shared.full[thread - 32], arrivals);
     barrier_init(&shared.empty[thread - 32], kMultiplyingThreads / 32);
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -120,6 +125,17 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
     if (thread == 0) shared.before[s.experts] = total, shared.awaited = awaited;
   }
   __syncthreads();
+}
+
+// The rows of the item at the block's position, were every expert served at once.
+__device__ __forceinline__ Item guessed_item(const wd_moe_shape &s, const TiledPlan &plan) {
+  const int blocks = (plan.units + plan.together - 1) / plan.together;
+  Item item = {};
+  item.expert = blockIdx.x / blocks;
+  item.unit = blockIdx.x % blocks * plan.together;
+  if (item.expert < s.experts) item.units = min(plan.together, plan.units - item.unit);
+  item.policy = s.kept ? policy_for_once() : 0;
+  return item;
 }
 
 // The item at `position`.

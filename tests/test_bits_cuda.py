@@ -211,8 +211,14 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("intermediate", [24, 64, 72, 424, 480])  # one chunk, a step, half a step more; many
 @pytest.mark.parametrize(
-    "lengths",  # few routes an expert, some, many: tiled's items end at 32 and 64, 80 and 128, 64 and 128
-    [(1, 8, 9, 31, 32, 33, 64, 0), (0, 63, 64, 65, 72, 80, 81, 100), (64, 65, 80, 81, 128, 129, 200, 1)],
+    "lengths",  # few routes an expert to many: tiled's items end at 32 and 64, 32 and 128, 80 and 128, 64 and 128
+    [
+        (0, 65, 1, 7, 8, 9, 33, 64),
+        (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 97, 128, 129, 200, *16 * (5,)),  # columns are tokens here, too
+        (1, 8, 9, 31, 32, 33, 64, 81),
+        (0, 63, 64, 65, 72, 80, 81, 100),
+        (64, 65, 80, 81, 128, 129, 200, 1),
+    ],
 )
 def test_lists_that_just_fill_an_item(cuda, lengths, intermediate, dtype):
     """Experts with so many routes, one more and one less: the layer, and each of the two kernels alone."""
