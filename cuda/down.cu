@@ -126,13 +126,23 @@ wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists,
               : launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, flags, stream);
 }
 
+// Whole lines of the workspace that nobody reads any more.
+struct Spent {
+  const char *first;
+  int lines;
+};
+inline Spent spent_lines(const void *memory, size_t bytes) {
+  const uintptr_t first = ((uintptr_t)memory + 127) / 128, end = ((uintptr_t)memory + bytes) / 128;
+  return {(const char *)(first * 128), end > first ? (int)(end - first) : 0};
+}
+
 constexpr int kCombineThreads = 256, kTogether = 8; // slots whose loads are on their way together
 
 // output[t,h] = sum over slots in slot order; a thread owns four hidden values (H is a multiple of 8).
 // grid T * row_blocks
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads, 4)
-    combine_slots(const __grid_constant__ wd_down_args args, unsigned row_blocks) {
+    combine_slots(const __grid_constant__ wd_down_args args, unsigned row_blocks, const Spent spent) {
   const wd_moe_shape &s = args.shape;
   const unsigned token = blockIdx.x / row_blocks;
   const int h = (int)(blockIdx.x % row_blocks * kCombineThreads + threadIdx.x) * 4;
@@ -161,6 +171,8 @@ __global__ void __launch_bounds__(kCombineThreads, 4)
       sum[3] = __fmaf_rn(weight, v[i].w, sum[3]);
     }
   }
+  for (int i = blockIdx.x * kCombineThreads + threadIdx.x; i < spent.lines; i += gridDim.x * kCombineThreads)
+    forget(spent.first + 128 * (int64_t)i);
   if (!inside) return;
   Pair<T> out[2];
   out[0].value[0] = Element<T>::round(sum[0]), out[0].value[1] = Element<T>::round(sum[1]);
@@ -196,9 +208,14 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
   else
     WD_TRY(launch_some_grouped<T>(args, lists, dependent, dependent ? handed_over(s, args.scratch, *handover) : Flags{},
                                   stream));
+  Spent spent = {};
+  if (behind_gate_up)
+    spent = spent_lines(args.intermediate, schedule == WD_CUDA_TILED
+                                               ? (size_t)wd_column_groups(&s) * 2 * group_bytes(s.intermediate)
+                                               : (size_t)s.tokens * s.top_k * 2 * s.intermediate * sizeof(T));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
   return launch_shared<combine_slots<T>>("combine_slots", dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads),
-                                         0, stream, early_launch, args, row_blocks);
+                                         0, stream, early_launch, args, row_blocks, spent);
 }
 
 } // namespace wd
