@@ -52,8 +52,14 @@ __device__ __forceinline__ void order_tokens(const Tokens &tokens, const wd_moe_
   chunk.store((uint4 *)tokens.target + 4 * (int64_t)i, 1, policy_for_kept(s));
 }
 
-// A block for each expert, and those that put tokens in order. Few registers: beside them a block of gate_up begins.
-__global__ void __launch_bounds__(kMostSortThreads, 2)
+// A block for each expert, and those that put tokens in order. Few registers (at most those of two such blocks, where
+// an SM has room for as many threads): beside them a block of gate_up begins.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kSortBlocks = 1;
+#else
+constexpr int kSortBlocks = 2;
+#endif
+__global__ void __launch_bounds__(kMostSortThreads, kSortBlocks)
     sort_by_expert(const wd_moe_shape s, const void *ids, int32_t *taken, int32_t *served, int32_t *offsets,
                    int32_t *lists, const Tokens tokens) {
   extern __shared__ uint32_t matches[]; // of each run of 32 routes
