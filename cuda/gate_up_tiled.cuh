@@ -175,13 +175,14 @@ template <class T>
 wd_status gate_up_tiled_of(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                            wd_cuda_handover *handover, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
+  const bool few = routes_an_expert(s, kFewRoutes);
   if (columns_are_tokens(s))
-    return routes_an_expert(s, kFewRoutes)
-               ? launch_gate_up<T, FewRoutes, TokenColumns<FewRoutes>>(args, lists, columns, handover, stream)
+    return few ? launch_gate_up<T, FewRoutes, TokenColumns<FewRoutes>>(args, lists, columns, handover, stream)
                : launch_gate_up<T, ManyRoutes, TokenColumns<ManyRoutes>>(args, lists, columns, handover, stream);
   CUtensorMap map;
-  WD_TRY(describe_columns(&map, columns, s.hidden, wd_column_groups(&s), ManyRoutes::kBox));
-  return launch_gate_up<T, ManyRoutes, BoxedColumns<ManyRoutes, 1>>(args, lists, map, handover, stream);
+  WD_TRY(describe_columns(&map, columns, s.hidden, wd_column_groups(&s), few ? FewRoutes::kBox : ManyRoutes::kBox));
+  return few ? launch_gate_up<T, FewRoutes, BoxedColumns<FewRoutes, 1>>(args, lists, map, handover, stream)
+             : launch_gate_up<T, ManyRoutes, BoxedColumns<ManyRoutes, 1>>(args, lists, map, handover, stream);
 }
 
 } // namespace wd

@@ -20,8 +20,9 @@ CASES = (  # E, K, H, I, T, routing: decode, odd sizes, lists sorted in memory, 
     (3, 2, 136, 152, 130, "out of range"),
     (6, 2, 40, 4000, 6, "out of range"),  # more blocks than run at once: down of grouped meets those of gate_up
     (2, 2, 72, 104, 68, "uniform"),  # 68 routes an expert, in one item of tiled's down
-    (32, 4, 72, 40, 300, "zipf"),  # more than 1024 routes, 38 an expert: columns of tiled's gate_up are tokens still
-    (6, 3, 200, 136, 40, "one"),  # experts without a route: a wrong guess where tiled's gate_up begins
+    (32, 4, 72, 1024, 300, "zipf"),  # columns of tiled's gate_up are tokens, with 38 routes an expert
+    (64, 2, 40, 520, 24, "zipf"),  # and with fewer; some have none: a wrong guess where its blocks begin
+    (6, 3, 200, 136, 40, "one"),
 )
 
 
