@@ -40,7 +40,9 @@ template <class Sizes> struct TokenColumns {
   using Source = const void *;
   static constexpr int kArrivals = 1, kBehind = 2;
   static constexpr bool kByWarp = true;
-  static_assert(kBehind < Sizes::kStages, "what is not told of can be waited for");
+  // Multiplying warps wait for a step before they give the one before it back: with one stage less they would wait for
+  // what is told of only when that stage has been filled again.
+  static_assert(kBehind + 2 <= Sizes::kStages);
   const RouteLists &lists;
   TiledShared<Sizes> &shared;
   const uint4 *const source; // this lane's word of token 0, in chunk 0
