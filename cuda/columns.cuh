@@ -7,7 +7,8 @@
 //   [group][part][4 chunk + j][column of the group][piece]   4 bytes each
 //
 // the same values in the same products. Rows are filled up with zeros to whole chunks, lists to whole groups. So down's
-// columns lie. gate_up's are tokens, of which each serves several routes; they lie apart,
+// columns lie. gate_up's are tokens, of which each serves several routes; where it pays (columns_are_tokens) they lie
+// apart,
 //
 //   [token][4 chunk + j][piece]
 //

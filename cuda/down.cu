@@ -229,11 +229,11 @@ static size_t scratch_of(wd_moe_shape s, int64_t tokens) {
   return wd::sorted_routes_span(s) + wd::align16(grouped > tiled ? grouped : tiled);
 }
 size_t wd_cuda_scratch_bytes(const wd_moe_shape *s) {
-  // Fewer tokens may need more, where flags and columns have places of their own: a last pass, or a caller's next call,
-  // has the room of a longer one.
-  const int64_t with_flags = wd::kFlaggedRoutes / s->top_k, with_columns = wd::kListedRoutes / s->top_k;
+  // Fewer tokens may need more, where flags and columns have places of their own, or columns are gathered: a last pass,
+  // or a caller's next call, has the room of a longer one.
   size_t most = scratch_of(*s, s->tokens);
-  for (const int64_t tokens : {with_flags, with_columns}) {
+  for (const int64_t routes : {wd::kFlaggedRoutes, wd::kGatheredRoutes, wd::kMeetingRoutes}) {
+    const int64_t tokens = routes / s->top_k;
     const size_t bytes = tokens < s->tokens ? scratch_of(*s, tokens) : 0;
     if (bytes > most) most = bytes;
   }

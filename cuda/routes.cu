@@ -33,8 +33,8 @@ struct Chunk {
 
 // ---- lists ----------------------------------------------------------------------------------------------------------
 
-constexpr int kSortThreads = 256, kMostSortThreads = 1024, kFewRuns = 128; // of 32 routes; for more, more threads
-constexpr int kRunsAtOnce = 4;                                             // whose ids are on their way together
+constexpr int kSortThreads = 256, kMostSortThreads = 1024; // the latter for long calls
+constexpr int kRunsAtOnce = 4;                             // whose ids are on their way together
 
 // Hidden states [T, length], and where they go as columns of tokens (columns.cuh). source == NULL: nowhere.
 struct Tokens {
@@ -146,7 +146,7 @@ wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, con
   const RouteLists lists = sorted_routes(s, scratch);
   const Tokens tokens = {hidden_states, columns, s.hidden};
   const int64_t runs = (s.tokens * s.top_k + 31) / 32, chunks = hidden_states ? s.tokens * chunks_of(s.hidden) : 0;
-  const int threads = runs <= kFewRuns ? kSortThreads : kMostSortThreads;
+  const int threads = meets_by_expert(s) ? kSortThreads : kMostSortThreads;
   return launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)(s.experts + (chunks + threads - 1) / threads)),
                                        dim3(threads), (size_t)runs * sizeof(uint32_t), stream, false, s, ids,
                                        lists.taken, lists.served, (int32_t *)lists.offsets, (int32_t *)lists.routes,

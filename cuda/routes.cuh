@@ -23,9 +23,9 @@ inline size_t searched_bytes(const wd_moe_shape &s) {
 // Up to this many routes of a call tiled's down serves an expert as soon as gate_up has (TiledPlan::awaited_units):
 // v[T*K, H] then has a place of its own, which gate_up's columns do not share; and gate_up guesses where its blocks
 // begin (Bringer::guess). Beyond, what is won is little beside the rest, and memory is not.
-constexpr int kListedRoutes = 4096;
+constexpr int kMeetingRoutes = 4096;
 inline bool meets_by_expert(const wd_moe_shape &s) {
-  return s.tokens * s.top_k <= kListedRoutes;
+  return s.tokens * s.top_k <= kMeetingRoutes;
 }
 
 // Up to so many routes an expert, on average, reading its rows is all that counts: tiled has small tiles then, and a
@@ -35,12 +35,14 @@ constexpr int kFewRoutes = 24;
 // Whether columns of tiled's gate_up are tokens (columns.cuh): nothing is gathered, which Qwen3-30B-A3B at T = 128 took
 // 9 of 288 us for, 16 of 307 at 256. One warp brings them. More than 48 routes an expert it cannot bring as fast as the
 // rows come (Mixtral-8x7B at T = 256: 13% longer), and from 24 on it pays only where gathering is much (OLMoE at 256:
-// 5% less; Mixtral at 128: 4% more). And there must be two items a block or more, so that memory is what limits, not
-// the warp (16 experts, H 5632, I 624 at T = 64: 20% longer).
+// 5% less; Mixtral at 128: 4% more). And there must be two items a block or more (an item has 128 neurons), so that
+// memory is what limits, not the warp (16 experts, H 5632, I 624 at T = 64: 20% longer).
+constexpr int kGatheredRoutes = 1024;
 inline bool columns_are_tokens(const wd_moe_shape &s) {
   const int64_t routes = s.tokens * s.top_k;
   return (int64_t)s.experts * s.intermediate >= 1 << 15 &&
-         (routes_an_expert(s, kFewRoutes) || (routes_an_expert(s, 48) && routes > 1024 && routes <= kListedRoutes));
+         (routes_an_expert(s, kFewRoutes) ||
+          (routes_an_expert(s, 48) && routes > kGatheredRoutes && routes <= kMeetingRoutes));
 }
 inline size_t gate_up_columns_bytes(const wd_moe_shape &s) {
   return columns_are_tokens(s) ? token_columns_bytes(s) : (size_t)wd_column_groups(&s) * group_bytes(s.hidden);
