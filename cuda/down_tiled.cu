@@ -12,7 +12,7 @@ namespace wd {
 
 template <class T, class Sizes> struct Down {
   static constexpr int kParts = 2;
-  static constexpr bool kTells = false, kGuesses = false;
+  static constexpr bool kGuesses = false;
   using Columns = BoxedColumns<Sizes, kParts>;
   __device__ __forceinline__ void tell(const Item &) const {
   }
@@ -78,7 +78,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   RowMaps row_maps;
   CUtensorMap column_map;
   WD_TRY(describe_rows(&row_maps.box[0], (const T *)m.data + m.offset, s.intermediate,
-                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T, Sizes>::kBoxRows, s.kept));
+                       (s.experts - 1) * expert_rows + s.hidden, m.row_stride, Down<T, Sizes>::kBoxRows));
   row_maps.box[1] = row_maps.box[0]; // not used
   WD_TRY(describe_columns(&column_map, columns, s.intermediate, 2 * wd_column_groups(&s), Sizes::kBox));
   dim3 grid;

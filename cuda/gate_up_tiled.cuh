@@ -19,7 +19,7 @@ template <class T, class COLUMNS> struct GateUp {
   int32_t *served; // RouteLists', or NULL: nobody waits
   bool plain;      // is_plain(): worth a path of its own, since no product runs while values are made of sums
 
-  static constexpr bool kTells = true, kGuesses = true;
+  static constexpr bool kGuesses = true;
   __device__ __forceinline__ void tell(const Item &item) const {
     if (!served) return;
     __threadfence();
@@ -161,7 +161,7 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
   for (int i = 0; i < 2; i++) {
     const wd_matrix &m = i == 1 && has_up ? args.up : args.gate;
     WD_TRY(describe_rows(&row_maps.box[i], (const T *)m.data + m.offset, s.hidden, last + s.intermediate, m.row_stride,
-                         Op::kBoxRows, s.kept));
+                         Op::kBoxRows));
   }
   dim3 grid;
   WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns));
@@ -170,12 +170,15 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
       columns, handover != nullptr, told ? lists.served : nullptr, is_plain(args));
 }
 
+// Up to so many routes an expert FewRoutes serve, as long as hardly any has more than 64: here a route has one column.
+constexpr int kFewColumns = 40;
+
 // Of weights of type T.
 template <class T>
 wd_status gate_up_tiled_of(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                            wd_cuda_handover *handover, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  const bool few = routes_an_expert(s, kFewRoutes);
+  const bool few = routes_an_expert(s, kFewColumns);
   if (columns_are_tokens(s))
     return few ? launch_gate_up<T, FewRoutes, TokenColumns<FewRoutes>>(args, lists, columns, handover, stream)
                : launch_gate_up<T, ManyRoutes, TokenColumns<ManyRoutes>>(args, lists, columns, handover, stream);

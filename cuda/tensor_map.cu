@@ -37,14 +37,13 @@ static wd_status describe(CUtensorMap *map, const void *memory, int axes, const 
   return WD_OK;
 }
 
-wd_status describe_rows(CUtensorMap *map, const void *matrix, int64_t length, int64_t rows, int64_t pitch, int box_rows,
-                        bool once) {
+wd_status describe_rows(CUtensorMap *map, const void *matrix, int64_t length, int64_t rows, int64_t pitch,
+                        int box_rows) {
   const cuuint64_t sizes[2] = {(cuuint64_t)length, (cuuint64_t)rows}, pitches[1] = {2 * (cuuint64_t)pitch};
   const cuuint32_t box[2] = {kStep, (cuuint32_t)box_rows};
-  // 256 bytes to L2: the next step's 128 come along, from the same page of memory (2% of a call of 64 or 256 tokens).
-  // But what leaves L2 first might have left by then.
-  return describe(map, matrix, 2, sizes, pitches, box, CU_TENSOR_MAP_SWIZZLE_128B,
-                  once ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  // No more than the box's own 128 bytes to L2: what lies beside them is asked for at once (kTogether), and with 256
+  // would be asked for twice (a kernel that does nothing else: .90 of a plain read, .98 so).
+  return describe(map, matrix, 2, sizes, pitches, box, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 wd_status describe_columns(CUtensorMap *map, const void *columns, int length, int64_t parts, int box_parts) {

@@ -10,10 +10,8 @@ namespace wd {
 // Rows: `rows` rows of `length` 2-byte values, a row's start `pitch` values behind that of the row before; boxes of 64
 // values by box_rows rows. In shared memory (aligned to 1024 bytes) a box has rows of 128 bytes; the 16-byte piece p of
 // row r lies at p ^ r % 8. What lies outside arrives as zeros.
-// once: nobody else reads most of them (policy_for_once); else boxes that lie side by side along a row come to L2 in
-// pairs.
-wd_status describe_rows(CUtensorMap *map, const void *matrix, int64_t length, int64_t rows, int64_t pitch, int box_rows,
-                        bool once);
+wd_status describe_rows(CUtensorMap *map, const void *matrix, int64_t length, int64_t rows, int64_t pitch,
+                        int box_rows);
 
 // Of a unit's boxes, one after the other.
 struct RowMaps {
@@ -25,8 +23,7 @@ struct RowMaps {
 wd_status describe_columns(CUtensorMap *map, const void *columns, int length, int64_t parts, int box_parts);
 
 // One box to `target` in shared memory; the barrier hears of its bytes. From value `value` of row `row`. policy: what
-// becomes of it in L2 (kept.cuh), or 0, which is not the same as policy_as_usual(): with that one and boxes that come
-// to L2 in pairs, GLM-4.5-Air took 13% longer at T = 256, DeepSeek-V3 14% at 512.
+// becomes of it in L2 (kept.cuh), or 0: no word of it.
 __device__ __forceinline__ void copy_rows(void *target, const CUtensorMap &map, int value, int row, uint64_t *barrier,
                                           uint64_t policy) {
   if (policy == 0)

@@ -1,9 +1,8 @@
 // tiled.cuh - the schedule for several tokens an expert (sm_90a): wgmma, rows and columns through shared memory.
 //
-// A block multiplies 128 rows of one expert (a unit) a warpgroup with up to COLUMNS columns; one thread has the tensor
-// memory accelerator bring both. Lanes hold the same 16 bytes of a row as in common.cuh, and the columns come with
-// their words in the order that wgmma then expects (columns.cuh): the same products in the same order, so the same
-// bits.
+// A block multiplies 128 rows of one expert (a unit) a warpgroup with up to COLUMNS columns; both come by themselves
+// (tiled_streams.cuh). Lanes hold the same 16 bytes of a row as in common.cuh, and the columns come with their words in
+// the order that wgmma then expects (columns.cuh): the same products in the same order, so the same bits.
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
 // expert, a unit for each warpgroup (or one alone: the other then multiplies for nothing), up to COLUMNS / PARTS
@@ -21,27 +20,51 @@ template <class T, class Sizes, class Op> struct Multiplier {
   TiledShared<Sizes> &shared;
   const RowReader<Sizes, Op> rows;
   const int chunks;
-  int stage, round; // the step to read next: its place in the ring, the parity of the phase to wait for
+  Place<Sizes::kRowStages> row_place; // of the step to read next
+  Place<Sizes::kColumnStages> column_place;
 
   __device__ __forceinline__ Multiplier(TiledShared<Sizes> &shared, int chunks)
-      : shared(shared), rows(shared), chunks(chunks), stage(0), round(0) {
+      : shared(shared), rows(shared), chunks(chunks) {
   }
-  // The next item: it is there when its first step is.
+  static __device__ __forceinline__ int unit() {
+    return threadIdx.x / kWarpgroup;
+  }
+  // The next item: it is there when the rows of its first step are.
   __device__ __forceinline__ Item item(int number) const {
-    barrier_wait(&shared.full[stage], round);
+    await_rows();
     return shared.items[number % kItems];
   }
-  // The stage of the next step, when it is there.
-  __device__ __forceinline__ int next() {
-    const int here = stage;
-    barrier_wait(&shared.full[here], round);
-    if (++stage == Sizes::kStages) stage = 0, round ^= 1;
+  __device__ __forceinline__ void await_rows() const {
+    barrier_wait(&shared.rows_full[row_place.stage()][unit()], row_place.parity());
+  }
+  __device__ __forceinline__ void read_chunk(uint4 (&a)[2][2], int chunk) const {
+    rows.read(a, row_place.stage(), chunk);
+  }
+  // Behind the start of products of a step's last rows: only then have they come to the registers.
+  __device__ __forceinline__ void end_rows() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.rows_empty[row_place.stage()][unit()]);
+    row_place.advance();
+  }
+  // The stage of the next step's columns, when they are there. Not between the reading of rows and their product: ptxas
+  // would have all products run one by one.
+  __device__ __forceinline__ int await_columns() {
+    const int here = column_place.stage();
+    barrier_wait(&shared.columns_full[here], column_place.parity());
+    column_place.advance();
     return here;
   }
-  // Waits for the products, behind which the stage can be filled again.
+  // All of the next step; returns the stage of its columns.
+  __device__ __forceinline__ int read(uint4 (&a)[2][2][2]) {
+    const int here = await_columns();
+    await_rows();
+    read_chunk(a[0], 0), read_chunk(a[1], 1);
+    return here;
+  }
+  // Waits for the products of a step.
   __device__ __forceinline__ void end(int here) {
     wgmma_wait();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[here]);
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.columns_empty[here]);
   }
   template <int TILES>
   __device__ __forceinline__ void multiply_chunk(float (&c)[2][TILES][4], const uint4 (&a)[2][2], int here, int chunk) {
@@ -55,7 +78,7 @@ template <class T, class Sizes, class Op> struct Multiplier {
     for (int half = 0; half < 2; half++)
       Wgmma<T, TILES>::multiply(c[half], a[half][0].z, a[half][1].z, a[half][0].w, a[half][1].w, second);
   }
-  // Starts products of a step's chunks [first, first + COUNT); a: their rows.
+  // Starts products of a step's chunks [first, first + COUNT); a: their rows, here: the stage of their columns.
   template <int COUNT, int TILES>
   __device__ __forceinline__ void start(float (&c)[2][TILES][4], const uint4 (&a)[2][2][2], int here, int first = 0) {
     wgmma_fence();
@@ -67,23 +90,18 @@ template <class T, class Sizes, class Op> struct Multiplier {
   // c[half][tile] += rows . columns
   template <int TILES> __device__ __forceinline__ void multiply_steps(float (&c)[2][TILES][4]) {
     uint4 even[2][2][2], odd[2][2][2];
-    const auto read = [&](uint4(&a)[2][2][2]) {
-      const int here = next();
-      rows.read(a[0], here, 0), rows.read(a[1], here, 1);
-      return here;
-    };
     int here = read(even), there = 0;
     int left = chunks; // of which two, or at the end one, are in the registers
     for (; left > 4; left -= 4) {
-      start<2>(c, even, here);
+      start<2>(c, even, here), end_rows();
       there = read(odd);
       end(here);
-      start<2>(c, odd, there);
+      start<2>(c, odd, there), end_rows();
       here = read(even);
       end(there);
     }
     if (left > 2) {
-      start<2>(c, even, here);
+      start<2>(c, even, here), end_rows();
       there = read(odd);
       end(here);
       // half a step: a product of zeros instead could turn a sum of -0 into +0
@@ -91,37 +109,39 @@ template <class T, class Sizes, class Op> struct Multiplier {
         start<2>(c, odd, there);
       else
         start<1>(c, odd, there);
-      end(there);
+      end_rows(), end(there);
     } else {
       if (left == 2)
         start<2>(c, even, here);
       else
         start<1>(c, even, here);
-      end(here);
+      end_rows(), end(here);
     }
   }
   template <int TILES> __device__ __forceinline__ void multiply_chunks(float (&c)[2][TILES][4]) {
     uint4 a[2][2][2]; // of a step, its second chunk or the first one of the next
-    int here = next();
-    rows.read(a[0], here, 0);
+    int here = await_columns();
+    await_rows();
+    read_chunk(a[0], 0);
     int left = chunks;
     for (; left > 2; left -= 2) {
       start<1>(c, a, here);
-      rows.read(a[1], here, 1);
+      read_chunk(a[1], 1);
       wgmma_wait();
-      start<1>(c, a, here, 1);
-      const int there = next();
-      rows.read(a[0], there, 0);
+      start<1>(c, a, here, 1), end_rows();
+      const int there = await_columns();
+      await_rows();
+      read_chunk(a[0], 0);
       end(here);
       here = there;
     }
     start<1>(c, a, here);
     if (left == 2) {
-      rows.read(a[1], here, 1);
+      read_chunk(a[1], 1);
       wgmma_wait();
       start<1>(c, a, here, 1);
     }
-    end(here);
+    end_rows(), end(here);
   }
   // c[half][tile] = rows . columns
   template <int TILES> __device__ __forceinline__ void multiply(float (&c)[2][TILES][4]) {
@@ -142,10 +162,10 @@ template <class T, class Sizes, class Op> struct Multiplier {
   }
 };
 
-// Where the multiplying warps meet once an item, and where there is one, the telling warp. barrier.sync, because they
-// come from different places in the code: bar.sync would promise that they do not.
-template <class Op> __device__ __forceinline__ void meet_in_item() {
-  asm volatile("barrier.sync 1, %0;" ::"n"(kMultiplyingThreads + (Op::kTells ? 32 : 0)) : "memory");
+// Where the multiplying warps and the noting one meet once an item. barrier.sync, because they come from different
+// places in the code: bar.sync would promise that they do not.
+__device__ __forceinline__ void meet_in_item() {
+  asm volatile("barrier.sync 1, %0;" ::"n"(kMultiplyingThreads + 32) : "memory");
 }
 
 // The multiplying warps: item after item.
@@ -156,20 +176,15 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
   for (int number = 0;; number++) {
     const Item item = multiplier.item(number);
     if (item.units == 0) {
-      if (Op::kTells) meet_in_item<Op>();
+      meet_in_item();
       break;
     }
     const int columns = columns_for<Sizes, Op::kParts>(item.count);
-    int32_t *routes = shared.routes[number % 2];
-    const int own =
-        threadIdx.x < item.count ? __ldcg(plan.lists.routes + item.first + threadIdx.x) : 0; // known by the end
     auto serve = [&](auto &c) {
       multiplier.multiply(c);
+      meet_in_item();                                   // the routes have been noted
       const Item ended = shared.items[number % kItems]; // read again: registers are short in between
-      if (threadIdx.x < ended.count) routes[threadIdx.x] = own;
-      // whoever comes back to these places has met the others once more
-      meet_in_item<Op>();
-      if (group < ended.units) op.finish(c, ended, ended.unit + group, warp, lane, routes);
+      if (group < ended.units) op.finish(c, ended, ended.unit + group, warp, lane, shared.routes[number % 2]);
     };
     if (Sizes::kColumns > 64 && columns > 64) {
       if (Sizes::kColumns > 128 && columns > 128) {
@@ -198,16 +213,20 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
   }
 }
 
-// The telling warp: when all warps have come to an item's end, what they stored of the one before can be read by
-// others. Not one of theirs: that takes microseconds, in which the ring would run full.
+// The noting warp: the routes of each item, before its end; and when all warps have come to an item's end, that what
+// they stored of the one before can be read by others. Not one of theirs: that takes microseconds, in which the ring
+// would run full.
 template <class Sizes, class Op>
-__device__ __forceinline__ void tell_items(const Op &op, const TiledShared<Sizes> &shared) {
+__device__ __forceinline__ void note_items(const Op &op, const TiledPlan &plan, TiledShared<Sizes> &shared) {
   for (int number = 0;; number++) {
-    meet_in_item<Op>();
-    const bool ended = shared.items[number % kItems].units == 0;
-    const Item item = shared.items[(number + kItems - 1) % kItems];
-    if (number > 0 && threadIdx.x % 32 == 0) op.tell(item);
-    if (ended) break;
+    barrier_wait(&shared.known[number % kItems], number / kItems % 2);
+    const Item item = shared.items[number % kItems];
+    // Whose routes were here has been finished: the multiplying warps have met once more.
+    for (int i = threadIdx.x % 32; i < item.count; i += 32)
+      shared.routes[number % 2][i] = __ldcg(plan.lists.routes + item.first + i);
+    meet_in_item();
+    if (number > 0 && threadIdx.x % 32 == 0) op.tell(shared.items[(number + kItems - 1) % kItems]);
+    if (item.units == 0) break;
   }
 }
 
@@ -217,7 +236,7 @@ __device__ __forceinline__ void tell_items(const Op &op, const TiledShared<Sizes
 //   row(warp, g, half, high)      which of the unit's rows, box after box, a lane group has
 //   finish(c, item, unit, warp, lane, routes)   what becomes of the dot products. Tile i of c is group i / PARTS of the
 //                                 item, part i % PARTS; routes: those of the item
-//   kTells, tell(item)            whether somebody waits for items; that this one is finished
+//   tell(item)                    this one is finished: somebody may wait for it
 //   Columns                       how columns come (tiled_streams.cuh)
 //   kGuesses                      whether rows come before the lists are there
 template <class T, class Sizes, class Op>
@@ -226,19 +245,20 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   using Columns = typename Op::Columns;
   extern __shared__ __align__(1024) uint8_t memory[];
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
-  const Bringer<Sizes, Op> bringer = {op, s, plan, rows, columns, shared};
-  if (Op::kGuesses && plan.guesses && threadIdx.x / 32 == kMultiplyingThreads / 32 && elected()) bringer.guess();
+  const RowBringer<Sizes, Op> row_bringer = {op, s, plan, rows, shared};
+  const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32; // of those that multiply nothing
+  if (Op::kGuesses && plan.guesses && warp == 0 && elected()) row_bringer.guess();
   if (!plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
   allow_next_grid();
-  prepare<Sizes, Op::kParts>(shared, s, plan, 1 + Columns::kArrivals);
+  prepare<Sizes, Op::kParts>(shared, s, plan);
   if (threadIdx.x < kMultiplyingThreads) {
     take_registers<Sizes::kMultiplyingRegisters>();
     multiply_items<T>(op, plan, shared);
   } else {
     give_registers<Sizes::kBringingRegisters>();
-    const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32;
-    if (warp == 0 && (Columns::kByWarp || elected())) bringer.run();
-    if (Op::kTells && warp == 1) tell_items<Sizes>(op, shared);
+    if (warp == 0 && elected()) row_bringer.run();
+    if (warp == 1 && (Columns::kByWarp || elected())) bring_columns<Sizes, Op>(op, s, plan, columns, shared);
+    if (warp == 2) note_items(op, plan, shared);
   }
 }
 

@@ -12,34 +12,40 @@ namespace wd {
 constexpr int kWarpgroup = 128, kUnitRows = 128;
 constexpr int kUnits = 2; // of a block: a warpgroup multiplies one
 constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
-// One more warpgroup, of which one warp has everything brought, and gate_up's second warp tells what is finished:
-// registers change hands between warpgroups.
+// One more warpgroup, since registers change hands between warpgroups: a warp has rows brought, one columns, and one
+// notes what the items are.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
 constexpr int kUnitBytes = kUnitRows * kStepBytes;        // of a step of a unit's rows
 constexpr int kGroupStepBytes = kStep / 8 * kMatrixBytes; // of a step of a group of columns
 constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 
-// COLUMNS: at a time. STAGES: steps of rows and columns on their way or ready. BOX: groups of columns brought at once.
-template <int COLUMNS, int STAGES, int BOX> struct TiledSizes {
-  static constexpr int kColumns = COLUMNS, kStages = STAGES, kBox = BOX;
+// Steps of rows that are asked for together: 256 bytes of each, which memory gives sooner than twice 128 (a kernel that
+// does nothing else reads GLM-4.5-Air's gate and up rows at .976 of the speed of a plain read, .955 one step at a
+// time).
+constexpr int kTogether = 2;
+
+// COLUMNS: at a time. ROW_STAGES, COLUMN_STAGES: steps of rows, and of columns, on their way or ready. BOX: groups of
+// columns brought at once.
+template <int COLUMNS, int ROW_STAGES, int COLUMN_STAGES, int BOX> struct TiledSizes {
+  static constexpr int kColumns = COLUMNS, kRowStages = ROW_STAGES, kColumnStages = COLUMN_STAGES, kBox = BOX;
   // Of an item that has not all of its expert's routes: more columns take longer, and save a second reading of the rows
   // only where they are all.
   static constexpr int kPartColumns = COLUMNS < 128 ? COLUMNS : 128;
   // Of a multiplying thread, and of one that brings or tells.
-  static constexpr int kMultiplyingRegisters = COLUMNS > 128 ? 240 : COLUMNS > 64 ? 224 : 160;
-  static constexpr int kBringingRegisters = COLUMNS > 128 ? 24 : 56;
+  static constexpr int kMultiplyingRegisters = COLUMNS > 64 ? 232 : 168;
+  static constexpr int kBringingRegisters = COLUMNS > 64 ? 40 : 48;
   // For __launch_bounds__: how many threads would take all registers. Few columns leave a quarter of them to the grid
   // before, beside which a block then begins.
   static constexpr int kBoundThreads = COLUMNS > 64 ? kTiledThreads : 512;
   static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kBoundThreads / 8 * 8));
 };
-using FewRoutes = TiledSizes<64, 5, 2>;
-using ManyRoutes = TiledSizes<128, 4, 4>;
+using FewRoutes = TiledSizes<64, 5, 5, 2>;
+using ManyRoutes = TiledSizes<128, 4, 4, 4>;
 // For down, where a route has two columns, up to so many: Mixtral-8x7B has 64 +- 7 routes an expert at T = 256, and
 // with 64 at a time half of its experts were read twice (835 us, 736 so). At 80 on average half of the experts have
 // more than fit here, too, and it takes 4% longer.
 constexpr int kSomeRoutes = 72;
-using SomeRoutes = TiledSizes<160, 4, 4>;
+using SomeRoutes = TiledSizes<160, 4, 4, 4>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -55,13 +61,27 @@ struct TiledPlan {
   int awaited_units, awaited_routes;
 };
 
+// A place in a ring, as who waits for it to be filled counts: the parity of a stage's phase changes each time round.
+template <int STAGES> struct Place {
+  int count = 0; // modulo two rounds
+  __device__ __forceinline__ int stage() const {
+    return count < STAGES ? count : count - STAGES;
+  }
+  __device__ __forceinline__ int parity() const {
+    return count >= STAGES;
+  }
+  __device__ __forceinline__ void advance() {
+    count = count + 1 < 2 * STAGES ? count + 1 : 0;
+  }
+};
+
 // Routes [first, first + count) of the expert's list, whose columns begin at `group`; units of rows from `unit` on.
 // policy: what becomes of the rows in L2. units == 0: no item.
 struct Item {
   int expert, unit, units, first, count, group;
   uint64_t policy;
 };
-constexpr int kItems = 16; // places for items: the bringing thread is ahead of the telling warp by the stages and two
+constexpr int kItems = 16; // places for items: rows are ahead of the noting warp by their stages and two
 
 __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
@@ -69,11 +89,14 @@ __device__ __forceinline__ int steps_of(int length) {
 
 // The shared memory of a block, all of it.
 template <class Sizes> struct TiledShared {
-  alignas(1024) uint8_t rows[Sizes::kStages][kUnits][kUnitBytes];
-  uint8_t columns[Sizes::kStages][Sizes::kColumns / kGroup][kGroupStepBytes];
-  uint64_t full[Sizes::kStages], empty[Sizes::kStages];
-  alignas(16) Item items[kItems]; // for the other warps: there when the item's first step is. Read 16 bytes at a time
-  uint64_t guessed;               // a barrier: of the rows of a guessed item's first steps
+  alignas(1024) uint8_t rows[Sizes::kRowStages][kUnits][kUnitBytes];
+  uint8_t columns[Sizes::kColumnStages][Sizes::kColumns / kGroup][kGroupStepBytes];
+  // Barriers. Each unit has rows of its own; both need the same columns.
+  uint64_t rows_full[Sizes::kRowStages][kUnits], rows_empty[Sizes::kRowStages][kUnits];
+  uint64_t columns_full[Sizes::kColumnStages], columns_empty[Sizes::kColumnStages];
+  uint64_t known[kItems];                // that the item is there; the multiplying warps wait for its rows
+  alignas(16) Item items[kItems];        // read 16 bytes at a time
+  uint64_t guessed;                      // a barrier: of the rows of a guessed item's first steps
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
@@ -91,15 +114,23 @@ __device__ __forceinline__ int awaited_of(int routes, const TiledPlan &plan) {
   return plan.awaited_units ? (routes + plan.awaited_routes - 1) / plan.awaited_routes * plan.awaited_units : 0;
 }
 
-// All threads: barriers (arrivals: of the full ones), and the places of the experts' items. Lists are read past L1:
-// where they are read before the grid before has ended, nothing else says that L1 has not those of an earlier call.
+// All threads: barriers, and the places of the experts' items. Lists are read past L1: where they are read before the
+// grid before has ended, nothing else says that L1 has not those of an earlier call.
 template <class Sizes, int PARTS>
-__device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan,
-                                        int arrivals) {
+__device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
   const int thread = threadIdx.x;
-  if (thread >= 32 && thread < 32 + Sizes::kStages) {
-    barrier_init(&shared.full[thread - 32], arrivals);
-    barrier_init(&shared.empty[thread - 32], kMultiplyingThreads / 32);
+  if (thread >= 32 && thread < 32 + kItems) {
+    const int i = thread - 32;
+    static_assert(Sizes::kRowStages <= kItems && Sizes::kColumnStages <= kItems);
+    barrier_init(&shared.known[i], 1);
+    for (int unit = 0; unit < kUnits && i < Sizes::kRowStages; unit++) {
+      barrier_init(&shared.rows_full[i][unit], 1);
+      barrier_init(&shared.rows_empty[i][unit], kWarpgroup / 32);
+    }
+    if (i < Sizes::kColumnStages) {
+      barrier_init(&shared.columns_full[i], 1);
+      barrier_init(&shared.columns_empty[i], kMultiplyingThreads / 32);
+    }
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   for (int e = thread; e <= s.experts; e += kTiledThreads)
@@ -107,22 +138,23 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   __syncthreads();
   if (thread < 32) {
     const int blocks = (plan.units + plan.together - 1) / plan.together;
-    int total = 0, awaited = 0;
-    for (int base = 0; base < s.experts; base += 32) {
-      const int e = base + thread;
-      const int count = e < s.experts ? shared.offsets[e + 1] - shared.offsets[e] : 0;
-      const int own = tiles_of<Sizes, PARTS>(count) * blocks;
+    const int each = (s.experts + 31) / 32, first = min(thread * each, s.experts), last = min(first + each, s.experts);
+    int own = 0, awaited = 0; // of the lane's experts
+    for (int e = first; e < last; e++) {
+      const int count = shared.offsets[e + 1] - shared.offsets[e];
+      shared.before[e] = own;
+      own += tiles_of<Sizes, PARTS>(count) * blocks;
       awaited += awaited_of(count, plan);
-      int sum = own;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, distance);
-        if (thread >= distance) sum += other;
-      }
-      if (e < s.experts) shared.before[e] = total + sum - own;
-      total += __shfl_sync(~0u, sum, 31);
     }
+    int total = own;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, total, distance);
+      if (thread >= distance) total += other;
+    }
+    for (int e = first; e < last; e++)
+      shared.before[e] += total - own;
     awaited = __reduce_add_sync(~0u, awaited);
-    if (thread == 0) shared.before[s.experts] = total, shared.awaited = awaited;
+    if (thread == 31) shared.before[s.experts] = total, shared.awaited = awaited;
   }
   __syncthreads();
 }

@@ -7,7 +7,6 @@ namespace wd {
 // Columns that lie in memory as matrices (down): boxes, which the tensor memory accelerator brings. One lane.
 template <class Sizes, int PARTS> struct BoxedColumns {
   using Source = CUtensorMap;
-  static constexpr int kArrivals = 0; // of full barriers, beside the one that says how many bytes come
   static constexpr bool kByWarp = false;
   const CUtensorMap &map;
   TiledShared<Sizes> &shared;
@@ -21,14 +20,11 @@ template <class Sizes, int PARTS> struct BoxedColumns {
     first = item.group * PARTS;
     boxes = ((item.count + kGroup - 1) / kGroup * PARTS + Sizes::kBox - 1) / Sizes::kBox;
   }
-  // Bytes of a step that its full barrier hears of.
-  __device__ __forceinline__ int bytes() const {
-    return boxes * Sizes::kBox * kGroupStepBytes;
-  }
   __device__ __forceinline__ void bring(int step, int stage) {
+    barrier_expect(&shared.columns_full[stage], boxes * Sizes::kBox * kGroupStepBytes);
     for (int box = 0; box < boxes; box++)
       copy_columns(shared.columns[stage][box * Sizes::kBox], map, step * (kStep / 8), first + box * Sizes::kBox,
-                   &shared.full[stage]);
+                   &shared.columns_full[stage]);
   }
   __device__ __forceinline__ void end(int) {
   }
@@ -38,11 +34,11 @@ template <class Sizes, int PARTS> struct BoxedColumns {
 // is told of when kBehind more have been asked for, so that many are on their way.
 template <class Sizes> struct TokenColumns {
   using Source = const void *;
-  static constexpr int kArrivals = 1, kBehind = 2;
+  static constexpr int kBehind = Sizes::kColumnStages < 4 ? 1 : 2;
   static constexpr bool kByWarp = true;
-  // Multiplying warps wait for a step before they give the one before it back: with one stage less they would wait for
+  // Multiplying warps wait for a step before they give the one before it back: with a stage less they would wait for
   // what is told of only when that stage has been filled again.
-  static_assert(kBehind + 2 <= Sizes::kStages);
+  static_assert(kBehind + 2 <= Sizes::kColumnStages);
   const RouteLists &lists;
   TiledShared<Sizes> &shared;
   const uint4 *const source; // this lane's word of token 0, in chunk 0
@@ -60,9 +56,6 @@ template <class Sizes> struct TokenColumns {
     for (int i = threadIdx.x % 32; i < count; i += 32)
       shared.tokens[i] = __ldcg(lists.routes + item.first + i) / top_k * (4 * chunks);
     __syncwarp();
-  }
-  __device__ __forceinline__ int bytes() const {
-    return 0;
   }
   __device__ __forceinline__ void bring(int step, int stage) {
     const int lane = threadIdx.x % 32;
@@ -91,133 +84,158 @@ template <class Sizes> struct TokenColumns {
   __device__ __forceinline__ void tell(int stage) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.full[stage < 0 ? stage + Sizes::kStages : stage]);
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.columns_full[stage < 0 ? stage + Sizes::kColumnStages : stage]);
     asked--;
   }
 };
 
-// One thread, or warp, takes the items of its block, and has every step of each brought. Op: see tiled().
-template <class Sizes, class Op> struct Bringer {
-  using Columns = typename Op::Columns;
+// One thread takes the items of its block, and has the rows of every step of each brought. Op: see tiled().
+template <class Sizes, class Op> struct RowBringer {
   static constexpr int PARTS = Op::kParts, BOXES = kUnitRows / Op::kBoxRows;
   const Op &op;
   const wd_moe_shape &s;
   const TiledPlan &plan;
   const RowMaps &rows;
-  const typename Columns::Source &columns;
   TiledShared<Sizes> &shared;
 
-  // Of a warp, who asks for boxes and has barriers expect them.
-  static __device__ __forceinline__ bool asks() {
-    return !Columns::kByWarp || elected();
-  }
-  __device__ __forceinline__ void bring_rows(const Item &item, int step, int stage, uint64_t *barrier) const {
-    for (int unit = 0; unit < item.units; unit++)
+  // A unit's steps [step, step + count), count <= kTogether, into the stages from `stage` on; a barrier for each stage,
+  // `apart` from one to the next.
+  __device__ __forceinline__ void bring(const Item &item, int unit, int step, int count, int stage, uint64_t *barriers,
+                                        int apart) const {
 #pragma unroll
-      for (int box = 0; box < BOXES; box++)
-        copy_rows(shared.rows[stage][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], step * kStep,
-                  item.expert * plan.expert_rows + op.box(item.unit + unit, box), barrier, item.policy);
+    for (int box = 0; box < BOXES; box++)
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        if (i >= count) break;
+        const int at = stage + i < Sizes::kRowStages ? stage + i : stage + i - Sizes::kRowStages;
+        copy_rows(shared.rows[at][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], (step + i) * kStep,
+                  item.expert * plan.expert_rows + op.box(item.unit + unit, box), barriers + at * apart, item.policy);
+      }
   }
   // Before the grid before has ended, which makes the lists: the first steps of the item that the block probably has.
-  // One thread.
   __device__ __forceinline__ void guess() const {
     barrier_init(&shared.guessed, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     const Item item = guessed_item(s, plan);
-    const int steps = min(steps_of(op.length()), Sizes::kStages);
+    const int steps = guessed_steps();
     barrier_expect(&shared.guessed, item.units * steps * kUnitBytes);
-    for (int step = 0; step < steps; step++)
-      bring_rows(item, step, step, &shared.guessed);
+    for (int step = 0; step < steps; step += kTogether)
+      for (int unit = 0; unit < item.units; unit++)
+        bring(item, unit, step, min(kTogether, steps - step), step, &shared.guessed, 0);
   }
-  // Whether that is the item. Waits for its rows, wrong ones, too: then the stages are filled again.
-  __device__ __forceinline__ bool guessed(const Item &item) const {
+  __device__ __forceinline__ int guessed_steps() const {
+    return min(steps_of(op.length()), Sizes::kRowStages / kTogether * kTogether);
+  }
+  // How many steps of that item are there already. Waits for its rows, wrong ones, too: then the stages are filled
+  // again.
+  __device__ __forceinline__ int guessed(const Item &item) const {
     const Item guessed = guessed_item(s, plan);
     barrier_wait(&shared.guessed, 0);
-    return guessed.expert == item.expert && guessed.unit == item.unit && guessed.units == item.units;
+    if (guessed.expert != item.expert || guessed.unit != item.unit || guessed.units != item.units) return 0;
+    for (int step = 0; step < guessed_steps(); step++)
+      for (int unit = 0; unit < kUnits; unit++)
+        barrier_arrive(&shared.rows_full[step][unit]);
+    return guessed_steps();
   }
-  // Waits until gate_up has served the expert; returns whether it has served all. Its blocks have all begun: it let
-  // this grid in only then.
-  __device__ __forceinline__ bool meet(int expert) const {
-    const int32_t *const served = plan.lists.served;
-    const int own = awaited_of(shared.offsets[expert + 1] - shared.offsets[expert], plan);
-    bool all;
-    do
-      all = load_relaxed(served + s.experts) == shared.awaited;
-    while (load_relaxed(served + expert) != own && !all);
-    __threadfence();
-    allow_copies_of_written();
-    return all;
+  __device__ __forceinline__ void publish(const Item &item, int number) const {
+    shared.items[number % kItems] = item;
+    barrier_arrive(&shared.known[number % kItems]);
   }
   __device__ __forceinline__ void run() const {
-    const bool first = !Columns::kByWarp || threadIdx.x % 32 == 0;
     const int steps = steps_of(op.length());
-    Columns source(columns, plan, s, shared);
     Item item = item_at<Sizes, PARTS>(blockIdx.x, shared, s, plan);
-    // steps whose rows come before the grid before has ended
-    int early = item.units > 0 ? min(steps, Sizes::kStages) : 0;
-    if (Op::kGuesses && plan.guesses) {
-      if (!guessed(item)) early = 0;
-    } else if (asks()) {
-      for (int step = 0; step < early; step++) {
-        barrier_promise(&shared.full[step], item.units * kUnitBytes);
-        bring_rows(item, step, step, &shared.full[step]);
-      }
-    }
-    bool met = plan.awaited_units == 0; // whether all columns are there
-    if (plan.dependent && met) wait_for_previous_grid(), allow_copies_of_written();
-    int stage = 0, round = 1; // round: parity of the phase that must have ended
-    for (int number = 0;; number++) {
-      if (first) shared.items[number % kItems] = item;
-      if (item.units == 0) break;
-      int next = first ? gridDim.x + atomicAdd(plan.taken, 1) : 0; // on its way while this item is brought
-      source.begin(item);
-      for (int step = 0; step < steps; step++) {
-        barrier_wait(&shared.empty[stage], round);
-        if (early > 0) {
-          early--;
-          if (asks()) barrier_expect(&shared.full[stage], source.bytes());
-        } else if (asks()) {
-          barrier_expect(&shared.full[stage], source.bytes() + item.units * kUnitBytes);
-          bring_rows(item, step, stage, &shared.full[stage]);
+    publish(item, 0);
+    int step = Op::kGuesses && plan.guesses ? guessed(item) : 0;
+    // round: parity of the phase that must have ended
+    int stage = step % Sizes::kRowStages, round = step < Sizes::kRowStages;
+    for (int number = 1; item.units > 0; number++) {
+      const int next = gridDim.x + atomicAdd(plan.taken, 1); // on its way while this item is brought
+      for (; step < steps; step += kTogether) {
+        const int count = min(kTogether, steps - step);
+        int end, end_round;
+        for (int unit = 0; unit < kUnits; unit++) {
+          end = stage, end_round = round;
+          for (int i = 0; i < count; i++) {
+            barrier_wait(&shared.rows_empty[end][unit], end_round);
+            barrier_expect(&shared.rows_full[end][unit], unit < item.units ? kUnitBytes : 0);
+            if (++end == Sizes::kRowStages) end = 0, end_round ^= 1;
+          }
+          if (unit < item.units) bring(item, unit, step, count, stage, &shared.rows_full[0][unit], kUnits);
         }
-        if (step == 0 && !met) met = meet(item.expert);
-        source.bring(step, stage);
-        if (++stage == Sizes::kStages) stage = 0, round ^= 1;
+        stage = end, round = end_round;
       }
-      if (Columns::kByWarp) next = __shfl_sync(~0u, next, 0);
       item = item_at<Sizes, PARTS>(next, shared, s, plan);
+      publish(item, number);
+      step = 0;
     }
-    source.end(stage);
-    if (plan.awaited_units > 0) wait_for_previous_grid(); // so that this grid's end is that one's, too
-    barrier_wait(&shared.empty[stage], round);
-    if (asks()) barrier_expect(&shared.full[stage], 0); // that there is no item any more
-    if (Columns::kArrivals > 0 && first) barrier_arrive(&shared.full[stage]);
+    for (int unit = 0; unit < kUnits; unit++) {
+      barrier_wait(&shared.rows_empty[stage][unit], round);
+      barrier_arrive(&shared.rows_full[stage][unit]); // that there is no item any more
+    }
   }
 };
+
+// Waits until gate_up has served the expert; returns whether it has served all. Its blocks have all begun: it let
+// this grid in only then.
+template <class Sizes>
+__device__ __forceinline__ bool meet(int expert, const TiledShared<Sizes> &shared, const wd_moe_shape &s,
+                                     const TiledPlan &plan) {
+  const int32_t *const served = plan.lists.served;
+  const int own = awaited_of(shared.offsets[expert + 1] - shared.offsets[expert], plan);
+  bool all;
+  do
+    all = load_relaxed(served + s.experts) == shared.awaited;
+  while (load_relaxed(served + expert) != own && !all);
+  __threadfence();
+  allow_copies_of_written();
+  return all;
+}
+
+// One thread, or warp, has the columns of every step of the block's items brought.
+template <class Sizes, class Op>
+__device__ __forceinline__ void bring_columns(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
+                                              const typename Op::Columns::Source &columns, TiledShared<Sizes> &shared) {
+  const int steps = steps_of(op.length());
+  typename Op::Columns source(columns, plan, s, shared);
+  bool met = plan.awaited_units == 0; // whether all columns are there
+  if (plan.dependent && met) wait_for_previous_grid(), allow_copies_of_written();
+  int stage = 0, round = 1; // round: parity of the phase that must have ended
+  for (int number = 0;; number++) {
+    barrier_wait(&shared.known[number % kItems], number / kItems % 2);
+    const Item item = shared.items[number % kItems];
+    if (item.units == 0) break;
+    source.begin(item);
+    if (!met) met = meet(item.expert, shared, s, plan);
+    for (int step = 0; step < steps; step++) {
+      barrier_wait(&shared.columns_empty[stage], round);
+      source.bring(step, stage);
+      if (++stage == Sizes::kColumnStages) stage = 0, round ^= 1;
+    }
+  }
+  source.end(stage);
+  if (plan.awaited_units > 0) wait_for_previous_grid(); // so that this grid's end is that one's, too
+}
 
 // Where a multiplying lane finds its rows' pieces in a stage. The boxes lie in rows of 128 bytes whose pieces are
 // permuted (tensor_map.cuh): piece p of row r is at p ^ r % 8. Lanes 0 to 7 read rows that differ in bit 2 (Op::row
 // sees to that), so they meet in no bank.
 template <class Sizes, class Op> struct RowReader {
-  uint32_t own[2][2]; // [half][high]: the first chunk's piece in stage 0; the second chunk's is at ^ 64
+  uint32_t own; // row(warp, g, 0, 0)'s first piece in stage 0; the second chunk's is at ^ 64
   __device__ __forceinline__ explicit RowReader(TiledShared<Sizes> &shared) {
-    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
-    const uint32_t unit = shared_address(shared.rows[0][threadIdx.x / kWarpgroup]);
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, row = Op::row(warp, lane / 4, 0, 0);
+    own = shared_address(shared.rows[0][threadIdx.x / kWarpgroup]) + row * kStepBytes + (lane % 4 ^ row % 8) * 16;
+  }
+  // a[half][high], of a chunk of the step. row(warp, g, half, high) is `behind` rows behind row(warp, g, 0, 0), and no
+  // bit of row % 8 is set in both, so that ^ does what + does.
+  __device__ __forceinline__ void read(uint4 (&a)[2][2], int stage, int chunk) const {
+    const uint32_t here = own + stage * (kUnits * kUnitBytes);
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
       for (int high = 0; high < 2; high++) {
-        const int row = Op::row(warp, lane / 4, half, high);
-        own[half][high] = unit + row * kStepBytes + (lane % 4 ^ row % 8) * 16;
+        const int behind = Op::row(0, 0, half, high);
+        a[half][high] = load_shared((here ^ (chunk * 64 + behind % 8 * 16)) + behind * kStepBytes);
       }
-  }
-  // a[half][high], of a chunk of the step
-  __device__ __forceinline__ void read(uint4 (&a)[2][2], int stage, int chunk) const {
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int high = 0; high < 2; high++)
-        a[half][high] = load_shared((own[half][high] ^ chunk * 64) + stage * (kUnits * kUnitBytes));
   }
 };
 
