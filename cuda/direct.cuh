@@ -16,12 +16,11 @@ template <class Rows, int PARTS, int AHEAD> __host__ __device__ constexpr size_t
 }
 
 // Calls launch(Constant<AHEAD>). As many steps ahead as let all blocks of an SM have their rings at once, but no more
-// than 150 KB of weights on their way to an SM: beyond that they only wait behind each other, and leave no room for the
-// blocks of the next grid (gate_up of Phi-3.5-MoE at T = 1 with three steps a warp, 170 KB: the layer took 80.6 us,
-// with two 76.7). Where the blocks are too many for that, all of them with short rings,
-// or, with longer ones, two at a time.
-template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t blocks, int warps, Launch launch) {
-  constexpr int64_t kOnTheirWay = 150 << 10;
+// than `most` bytes of weights on their way to an SM: beyond that they only wait behind each other, and leave no room
+// for the blocks of the next grid. Where the blocks are too many for that, all of them with short rings, or, with
+// longer ones, two at a time.
+template <class Rows, int PARTS, class Launch>
+wd_status choose_ahead(int64_t blocks, int warps, int64_t most, Launch launch) {
   int sms, limit;
   WD_TRY(multiprocessors(&sms));
   WD_TRY(shared_memory_of_block(&limit));
@@ -30,7 +29,7 @@ template <class Rows, int PARTS, class Launch> wd_status choose_ahead(int64_t bl
     return (int64_t)direct_shared_bytes(warps, ring) * together <= limit;
   };
   const auto suits = [&](int ahead, size_t ring) {
-    return room(ring, at_once) && at_once * warps * ahead * Rows::kStepBytesOfWarp <= kOnTheirWay;
+    return room(ring, at_once) && at_once * warps * ahead * Rows::kStepBytesOfWarp <= most;
   };
   if (suits(6, direct_bytes<Rows, PARTS, 6>())) return launch(Constant<6>());
   if (suits(4, direct_bytes<Rows, PARTS, 4>())) return launch(Constant<4>());
