@@ -237,6 +237,24 @@ def test_lists_that_just_fill_an_item(cuda, lengths, intermediate, dtype):
     assert torch.equal(*(warpdecode.moe_down_3d_batched(call, middle, ids, weights) for call in (tiled, grouped)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"),  # steps of 64 values: one, three, five and a half, eight; of gate_up, then of down
+    [(40, 5120), (136, 5120), (328, 5120), (512, 5120), (10240, 40), (10240, 136), (10240, 328), (10240, 512)],
+)
+def test_blocks_that_take_many_items(cuda, hidden, intermediate, dtype):
+    """More items a block than tiled has places for, of fewer steps than its rings have, and of more."""
+    if "cuda_tiled" not in kernels_of("cuda"):
+        pytest.skip("gpu: this one does not serve cuda_tiled")
+    layer = make_layer(64, hidden, intermediate, dtype, cuda)
+    inputs = make_tokens(layer, 160, 2, seed=hidden + intermediate)
+    tiled, grouped = (
+        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
+        for kernel in ("cuda_tiled", "cuda_grouped")
+    )
+    assert torch.equal(tiled, grouped)
+
+
 @pytest.mark.parametrize("top_k", [1, 8, 10])
 def test_the_workspace_of_more_tokens_serves_fewer(cuda, top_k):
     """So a shorter last pass has room in what was asked for the first."""
