@@ -91,16 +91,17 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
   if (!begins) flags.served();
 }
 
-// Of weights on their way to an SM (choose_ahead): with 150 KB OLMoE took 47.1 us at T = 2 (46.3 so), Qwen3.5-35B-A3B
-// 38.9 at 3 (37.0).
-constexpr int64_t kDirectOnTheirWay = 200 << 10;
+// Of weights on their way to an SM (choose_ahead): with 150 KB of rows OLMoE took 47.1 us at T = 2 (46.3 so),
+// Qwen3.5-35B-A3B 38.9 at 3 (37.0). With 200 KB of transposed weights, which come as more lines, gpt-oss-20b took 100.2
+// us at T = 2 (94.6 with 150 KB, in another run).
+template <class Rows> constexpr int64_t kDirectOnTheirWay = (Rows::kTiles == 1 ? 200 : 150) << 10;
 
 template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args &args, cudaStream_t stream) {
   using Rows = typename Neurons::Rows;
   const int64_t routes = args.shape.tokens * args.shape.top_k;
   constexpr int warps = kDirectWarps<Rows>;
   const int blocks = (warps_of_expert<Neurons>(args) + warps - 1) / warps;
-  return choose_ahead<Rows, 1>(blocks * routes, warps, kDirectOnTheirWay, [&](auto ahead) {
+  return choose_ahead<Rows, 1>(blocks * routes, warps, kDirectOnTheirWay<Rows>, [&](auto ahead) {
     return launch_shared<gate_up_direct<T, Neurons, ahead>>("gate_up_direct", dim3((unsigned)routes, blocks),
                                                             dim3(32 * warps), warps * direct_bytes<Rows, 1, ahead>(),
                                                             stream, false, args, is_plain(args));
