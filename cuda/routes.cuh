@@ -22,14 +22,14 @@ inline size_t searched_bytes(const wd_moe_shape &s) {
 
 // Up to this many routes of a call tiled's down serves an expert as soon as gate_up has (TiledPlan::awaited_units):
 // v[T*K, H] then has a place of its own, which gate_up's columns do not share; and gate_up guesses where its blocks
-// begin (Bringer::guess). Beyond, what is won is little beside the rest, and memory is not.
+// begin (RowBringer::guess). Beyond, what is won is little beside the rest, and memory is not.
 constexpr int kMeetingRoutes = 4096;
 inline bool meets_by_expert(const wd_moe_shape &s) {
   return s.tokens * s.top_k <= kMeetingRoutes;
 }
 
-// Up to so many routes an expert, on average, reading its rows is all that counts: tiled has small tiles then, and a
-// deep ring.
+// Up to so many routes an expert, on average, reading its rows is all that counts: tiled's down has small tiles then,
+// and a deep ring (gate_up, which has half as many columns, up to kFewColumns).
 constexpr int kFewRoutes = 24;
 
 // Whether columns of tiled's gate_up are tokens (columns.cuh): nothing is gathered, which Qwen3-30B-A3B at T = 128 took

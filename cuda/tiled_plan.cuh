@@ -81,7 +81,9 @@ struct Item {
   int expert, unit, units, first, count, group;
   uint64_t policy;
 };
-constexpr int kItems = 16; // places for items: rows are ahead of the noting warp by their stages and two
+// Places for items: while the noting warp looks at the one before its own, rows may be ahead of its own by their stages
+// and two.
+constexpr int kItems = 16;
 
 __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
@@ -121,7 +123,7 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   const int thread = threadIdx.x;
   if (thread >= 32 && thread < 32 + kItems) {
     const int i = thread - 32;
-    static_assert(Sizes::kRowStages <= kItems && Sizes::kColumnStages <= kItems);
+    static_assert(Sizes::kRowStages + 4 <= kItems && Sizes::kColumnStages <= kItems);
     barrier_init(&shared.known[i], 1);
     for (int unit = 0; unit < kUnits && i < Sizes::kRowStages; unit++) {
       barrier_init(&shared.rows_full[i][unit], 1);

@@ -83,11 +83,7 @@ __device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned arrival
 __device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Has the phase wait for so many bytes of copies; barrier_expect() arrives, too.
-__device__ __forceinline__ void barrier_promise(uint64_t *barrier, int bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
+// Arrives, and has the phase wait for so many bytes of copies.
 __device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -102,8 +98,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned parity)
                : "memory");
 }
 
-// Behind wait_for_previous_grid(), or Bringer::meet: what that grid stored can be brought by copies of the tensor
-// memory accelerator.
+// Behind wait_for_previous_grid(), or meet() of tiled_streams.cuh: what that grid stored can be brought by copies of
+// the tensor memory accelerator.
 __device__ __forceinline__ void allow_copies_of_written() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

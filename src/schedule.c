@@ -10,8 +10,8 @@ static const wd_kernel cuda_kernels[] = {
      "intermediate up to 1048560",
      kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, up to 256 rows a block, for eight tokens an expert and more, twelve where intermediate is below 640, two "
-     "where weights are large; compute capability 9.0, up to 512 experts, rows in one piece",
+     "wgmma, up to 256 rows a block, from two to twelve tokens an expert on, sooner where weights are larger; "
+     "compute capability 9.0, up to 512 experts, rows in one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
      WD_CUDA_GROUPED},
@@ -57,7 +57,7 @@ static double bytes_read_again(const wd_moe_shape *s) {
   return (double)(s->tokens * s->top_k) * others_of_route(s) / 2 * 3 * s->hidden * s->intermediate * 2;
 }
 
-/* Bytes of weights that a call would read if it read an expert once a route. */
+/* Bytes of gate, up and down that a call would read if it read an expert once a route. */
 static double bytes_of_routes(const wd_moe_shape *s) {
   return (double)(s->tokens * s->top_k) * 3 * s->hidden * s->intermediate * 2;
 }
@@ -65,9 +65,9 @@ static double bytes_of_routes(const wd_moe_shape *s) {
 /* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route, from
  * L2 where the routes run side by side: it is chosen where what it reads again takes no longer than that, or, of up to
  * four tokens, is little beside the rest. Tiled reads faster than grouped, the more so the more routes an expert has,
- * but prepares lists first, some 4 us: it is chosen from two routes an expert on where weights are large, else from
- * eight, or, where down's rows are short and its items with them, twelve. Between them, and where tiled does not serve:
- * grouped. */
+ * but prepares lists first, some 4 us: it is chosen from two routes an expert on where the routes' weights are
+ * 3.5 GB, else from eight, or, where down's rows are short and its items with them, twelve. Between them, and where
+ * tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   const int64_t routes = shape->tokens * shape->top_k;
   switch (kernel->schedule) {
