@@ -68,14 +68,14 @@ __global__ void __launch_bounds__(32 * kMaxSlots)
 
 // Of weights on their way to an SM (choose_ahead): with 200 KB Qwen3-30B-A3B took 22.5 us at T = 1 (21.5 so),
 // Phi-3.5-MoE 159 at 2 (146).
-constexpr int64_t kOnTheirWay = 150 << 10;
+constexpr int64_t kDirectOnTheirWay = 150 << 10;
 
 template <class T, class Rows>
 static wd_status launch_direct(const wd_down_args &args, bool dependent, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles;
   const unsigned blocks = (unsigned)(s.hidden + kRows - 1) / kRows;
-  return choose_ahead<Rows, 2>(blocks * s.tokens, s.top_k, kOnTheirWay, [&](auto ahead) {
+  return choose_ahead<Rows, 2>(blocks * s.tokens, s.top_k, kDirectOnTheirWay, [&](auto ahead) {
     size_t bytes = s.top_k * direct_bytes<Rows, 2, ahead>();
     if (dependent) WD_TRY(spread_bytes(&bytes, blocks * s.tokens));
     return launch_shared<down_direct<T, Rows, ahead>>("down_direct", dim3((unsigned)s.tokens, blocks),

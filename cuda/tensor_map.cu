@@ -41,8 +41,8 @@ wd_status describe_rows(CUtensorMap *map, const void *matrix, int64_t length, in
                         int box_rows) {
   const cuuint64_t sizes[2] = {(cuuint64_t)length, (cuuint64_t)rows}, pitches[1] = {2 * (cuuint64_t)pitch};
   const cuuint32_t box[2] = {kStep, (cuuint32_t)box_rows};
-  // No more than the box's own 128 bytes to L2: what lies beside them is asked for at once (kTogether), and with 256
-  // would be asked for twice (a kernel that does nothing else: .90 of a plain read, .98 so).
+  // No more than the box's own 128 bytes to L2: what lies beside them is asked for at once (kStepsTogether), and with
+  // 256 would be asked for twice (a kernel that does nothing else: .90 of a plain read, .98 so).
   return describe(map, matrix, 2, sizes, pitches, box, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 

@@ -22,7 +22,7 @@ constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 // Steps of rows that are asked for together: 256 bytes of each, which memory gives sooner than twice 128 (a kernel that
 // does nothing else reads GLM-4.5-Air's gate and up rows at .976 of the speed of a plain read, .955 one step at a
 // time).
-constexpr int kTogether = 2;
+constexpr int kStepsTogether = 2;
 
 // COLUMNS: at a time. ROW_STAGES, COLUMN_STAGES: steps of rows, and of columns, on their way or ready. BOX: groups of
 // columns brought at once.
@@ -31,7 +31,7 @@ template <int COLUMNS, int ROW_STAGES, int COLUMN_STAGES, int BOX> struct TiledS
   // Of an item that has not all of its expert's routes: more columns take longer, and save a second reading of the rows
   // only where they are all.
   static constexpr int kPartColumns = COLUMNS < 128 ? COLUMNS : 128;
-  // Of a multiplying thread, and of one that brings or tells.
+  // Of a multiplying thread, and of one that brings or notes.
   static constexpr int kMultiplyingRegisters = COLUMNS > 64 ? 232 : 168;
   static constexpr int kBringingRegisters = COLUMNS > 64 ? 40 : 48;
   // For __launch_bounds__: how many threads would take all registers. Few columns leave a quarter of them to the grid

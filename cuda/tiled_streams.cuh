@@ -34,7 +34,7 @@ template <class Sizes, int PARTS> struct BoxedColumns {
 // is told of when kBehind more have been asked for, so that many are on their way.
 template <class Sizes> struct TokenColumns {
   using Source = const void *;
-  static constexpr int kBehind = Sizes::kColumnStages < 4 ? 1 : 2;
+  static constexpr int kBehind = 2;
   static constexpr bool kByWarp = true;
   // Multiplying warps wait for a step before they give the one before it back: with a stage less they would wait for
   // what is told of only when that stage has been filled again.
@@ -98,14 +98,14 @@ template <class Sizes, class Op> struct RowBringer {
   const RowMaps &rows;
   TiledShared<Sizes> &shared;
 
-  // A unit's steps [step, step + count), count <= kTogether, into the stages from `stage` on; a barrier for each stage,
-  // `apart` from one to the next.
+  // A unit's steps [step, step + count), count <= kStepsTogether, into the stages from `stage` on; a barrier for each
+  // stage, `apart` from one to the next.
   __device__ __forceinline__ void bring(const Item &item, int unit, int step, int count, int stage, uint64_t *barriers,
                                         int apart) const {
 #pragma unroll
     for (int box = 0; box < BOXES; box++)
 #pragma unroll
-      for (int i = 0; i < kTogether; i++) {
+      for (int i = 0; i < kStepsTogether; i++) {
         if (i >= count) break;
         const int at = stage + i < Sizes::kRowStages ? stage + i : stage + i - Sizes::kRowStages;
         copy_rows(shared.rows[at][unit] + box * Op::kBoxRows * kStepBytes, rows.box[box], (step + i) * kStep,
@@ -119,12 +119,12 @@ template <class Sizes, class Op> struct RowBringer {
     const Item item = guessed_item(s, plan);
     const int steps = guessed_steps();
     barrier_expect(&shared.guessed, item.units * steps * kUnitBytes);
-    for (int step = 0; step < steps; step += kTogether)
+    for (int step = 0; step < steps; step += kStepsTogether)
       for (int unit = 0; unit < item.units; unit++)
-        bring(item, unit, step, min(kTogether, steps - step), step, &shared.guessed, 0);
+        bring(item, unit, step, min(kStepsTogether, steps - step), step, &shared.guessed, 0);
   }
   __device__ __forceinline__ int guessed_steps() const {
-    return min(steps_of(op.length()), Sizes::kRowStages / kTogether * kTogether);
+    return min(steps_of(op.length()), Sizes::kRowStages / kStepsTogether * kStepsTogether);
   }
   // How many steps of that item are there already. Waits for its rows, wrong ones, too: then the stages are filled
   // again.
@@ -150,8 +150,8 @@ template <class Sizes, class Op> struct RowBringer {
     int stage = step % Sizes::kRowStages, round = step < Sizes::kRowStages;
     for (int number = 1; item.units > 0; number++) {
       const int next = gridDim.x + atomicAdd(plan.taken, 1); // on its way while this item is brought
-      for (; step < steps; step += kTogether) {
-        const int count = min(kTogether, steps - step);
+      for (; step < steps; step += kStepsTogether) {
+        const int count = min(kStepsTogether, steps - step);
         int end, end_round;
         for (int unit = 0; unit < kUnits; unit++) {
           end = stage, end_round = round;

@@ -52,14 +52,13 @@ static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *
 static double others_of_route(const wd_moe_shape *s) {
   return (double)(s->tokens - 1) * s->top_k / s->experts;
 }
-/* Bytes of weights that a call reads more than once when it reads an expert once a route: each pair counts once. */
-static double bytes_read_again(const wd_moe_shape *s) {
-  return (double)(s->tokens * s->top_k) * others_of_route(s) / 2 * 3 * s->hidden * s->intermediate * 2;
-}
-
-/* Bytes of gate, up and down that a call would read if it read an expert once a route. */
+/* Bytes of gate, up and down that a call reads when it reads an expert once a route. */
 static double bytes_of_routes(const wd_moe_shape *s) {
   return (double)(s->tokens * s->top_k) * 3 * s->hidden * s->intermediate * 2;
+}
+/* Of those, what it reads more than once: each pair of routes counts once. */
+static double bytes_read_again(const wd_moe_shape *s) {
+  return bytes_of_routes(s) * others_of_route(s) / 2;
 }
 
 /* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route, from
