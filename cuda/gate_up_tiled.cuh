@@ -156,7 +156,6 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
   plan.lists = lists, plan.taken = lists.taken;
   plan.guesses = meets_by_expert(s);
   const bool told = handover && meets_by_expert(s);
-  if (told) *handover = {plan.units, 1, Sizes::kColumns};
   RowMaps row_maps;
   for (int i = 0; i < 2; i++) {
     const wd_matrix &m = i == 1 && has_up ? args.up : args.gate;
@@ -165,6 +164,7 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
   }
   dim3 grid;
   WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns));
+  if (told) *handover = {plan.units, 1, plan.most};
   return launch_shared<gate_up_tiled_kernel<T, Sizes, Columns>>(
       "gate_up_tiled", grid, dim3(kTiledThreads), sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
       columns, handover != nullptr, told ? lists.served : nullptr, is_plain(args));

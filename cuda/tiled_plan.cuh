@@ -51,6 +51,8 @@ using SomeRoutes = TiledSizes<160, 4, 4, 4>;
 struct TiledPlan {
   int units;        // of an expert
   int together;     // units of an item: kUnits, or 1 where there can only be fewer items than multiprocessors
+  int most;         // routes of an item: what fits, or fewer where there would be few items
+  int tiles;        // items that share an expert's rows, were all experts asked for alike: for a guess
   int expert_rows;  // from an expert's first row to the next one's, in the matrices that the boxes come from
   RouteLists lists; // of sort_routes
   int32_t *taken;   // how many items blocks have taken, beside a first one each
@@ -107,8 +109,9 @@ template <class Sizes> struct TiledShared {
 };
 
 // Items that share an expert's rows, by its routes, PARTS columns a route.
-template <class Sizes, int PARTS> __device__ __forceinline__ int tiles_of(int routes) {
+template <class Sizes, int PARTS> __device__ __forceinline__ int tiles_of(int routes, const TiledPlan &plan) {
   constexpr int all = Sizes::kColumns / PARTS, part = Sizes::kPartColumns / PARTS;
+  if (plan.most < part) return (routes + plan.most - 1) / plan.most;
   return all > part && routes <= all ? routes > 0 : (routes + part - 1) / part;
 }
 // Units of gate_up that an expert with so many routes has.
@@ -145,7 +148,7 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
     for (int e = first; e < last; e++) {
       const int count = shared.offsets[e + 1] - shared.offsets[e];
       shared.before[e] = own;
-      own += tiles_of<Sizes, PARTS>(count) * blocks;
+      own += tiles_of<Sizes, PARTS>(count, plan) * blocks;
       awaited += awaited_of(count, plan);
     }
     int total = own;
@@ -161,12 +164,12 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
   __syncthreads();
 }
 
-// The rows of the item at the block's position, were every expert served at once.
+// The rows of the item at the block's position, were all experts asked for alike.
 __device__ __forceinline__ Item guessed_item(const wd_moe_shape &s, const TiledPlan &plan) {
   const int blocks = (plan.units + plan.together - 1) / plan.together;
   Item item = {};
-  item.expert = blockIdx.x / blocks;
-  item.unit = blockIdx.x % blocks * plan.together;
+  item.expert = blockIdx.x / (blocks * plan.tiles);
+  item.unit = blockIdx.x / plan.tiles % blocks * plan.together;
   if (item.expert < s.experts) item.units = min(plan.together, plan.units - item.unit);
   item.policy = s.kept ? policy_for_once() : 0;
   return item;
@@ -188,7 +191,7 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   }
   // An expert's routes in equal parts, of whole groups: a last part of a few routes would read all its rows for them.
   const int local = position - shared.before[low], offset = shared.offsets[low];
-  const int count = shared.offsets[low + 1] - offset, tiles = tiles_of<Sizes, PARTS>(count);
+  const int count = shared.offsets[low + 1] - offset, tiles = tiles_of<Sizes, PARTS>(count, plan);
   const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
   const int tile = local % tiles; // neighbours share rows, in L2 at once
   item.expert = low;
@@ -209,18 +212,25 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   return columns <= 96 ? 96 : columns <= 128 ? 128 : 160;
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items. Where that would be few, an
-// item has one unit, so that twice as many blocks read.
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Where there would be fewer
+// items than multiprocessors, an item has one unit; where still fewer than half as many, only some of an expert's
+// routes: its rows are then read several times, from L2, side by side.
 inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));
   const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
-  const auto items = [&](int together) {
-    return (plan->units + together - 1) / together * (lists + routes / routes_per_item);
+  const auto items = [&](int together, int most) {
+    return (plan->units + together - 1) / together * (lists + routes / most);
   };
-  plan->together = items(kUnits) < resident ? 1 : kUnits;
-  const int64_t most = items(plan->together);
-  *grid = dim3((unsigned)(most < resident ? most : resident));
+  plan->together = items(kUnits, routes_per_item) < resident ? 1 : kUnits;
+  plan->most = routes_per_item, plan->tiles = 1;
+  const int64_t alike = (routes + lists - 1) / lists, tiles = resident / (plan->units * lists);
+  if (alike <= routes_per_item && tiles > 1) {
+    const int64_t most = ((alike + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
+    if (most < routes_per_item) plan->most = (int)most, plan->tiles = (int)((alike + most - 1) / most);
+  }
+  const int64_t total = items(plan->together, plan->most);
+  *grid = dim3((unsigned)(total < resident ? total : resident));
   return WD_OK;
 }
 

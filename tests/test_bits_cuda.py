@@ -237,6 +237,22 @@ def test_lists_that_just_fill_an_item(cuda, lengths, intermediate, dtype):
     assert torch.equal(*(warpdecode.moe_down_3d_batched(call, middle, ids, weights) for call in (tiled, grouped)))
 
 
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "one"])
+@pytest.mark.parametrize("tokens", [64, 256, 700])
+@pytest.mark.parametrize(("experts", "hidden", "intermediate"), [(8, 4864, 336), (2, 264, 520), (16, 136, 64)])
+def test_items_that_share_the_rows_of_few_experts(cuda, experts, hidden, intermediate, tokens, routing):
+    """Where there would be few items, an expert's routes are shared by several, and none is lost or served twice."""
+    if "cuda_tiled" not in kernels_of("cuda"):
+        pytest.skip("gpu: this one does not serve cuda_tiled")
+    layer = make_layer(experts, hidden, intermediate, torch.bfloat16, cuda)
+    inputs = make_tokens(layer, tokens, 2, seed=tokens, routing=routing)
+    tiled, grouped = (
+        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
+        for kernel in ("cuda_tiled", "cuda_grouped")
+    )
+    assert torch.equal(tiled, grouped)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("hidden", "intermediate"),  # steps of 64 values: one, three, five and a half, eight; of gate_up, then of down
