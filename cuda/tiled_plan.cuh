@@ -50,7 +50,7 @@ using SomeRoutes = TiledSizes<160, 4, 4, 4>;
 // What the items of a call are cut from.
 struct TiledPlan {
   int units;        // of an expert
-  int together;     // units of an item: kUnits, or 1 where there can only be fewer items than multiprocessors
+  int together;     // units of an item: kUnits, or 1 where those all run at once
   int most;         // routes of an item: what fits, or fewer where there would be few items
   int tiles;        // items that share an expert's rows, were all experts asked for alike: for a guess
   int expert_rows;  // from an expert's first row to the next one's, in the matrices that the boxes come from
@@ -212,9 +212,9 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   return columns <= 96 ? 96 : columns <= 128 ? 128 : 160;
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items. Where there would be fewer
-// items than multiprocessors, an item has one unit; where still fewer than half as many, only some of an expert's
-// routes: its rows are then read several times, from L2, side by side.
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Where items of one unit all run
+// at once, an item has one; where they are half as many or fewer, only some of an expert's routes, too: its rows are then
+// read several times, from L2, side by side.
 inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));
@@ -222,7 +222,7 @@ inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, 
   const auto items = [&](int together, int most) {
     return (plan->units + together - 1) / together * (lists + routes / most);
   };
-  plan->together = items(kUnits, routes_per_item) < resident ? 1 : kUnits;
+  plan->together = items(1, routes_per_item) <= resident ? 1 : kUnits;
   plan->most = routes_per_item, plan->tiles = 1;
   const int64_t alike = (routes + lists - 1) / lists, tiles = resident / (plan->units * lists);
   if (alike <= routes_per_item && tiles > 1) {
