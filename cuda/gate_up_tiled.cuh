@@ -170,7 +170,8 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
       columns, handover != nullptr, told ? lists.served : nullptr, is_plain(args));
 }
 
-// Up to so many routes an expert FewRoutes serve, as long as hardly any has more than 64: here a route has one column.
+// Up to so many routes an expert FewRoutes serve where columns are tokens, as long as hardly any has more than 64: here a
+// route has one column.
 constexpr int kFewColumns = 40;
 
 // Of weights of type T.
@@ -178,7 +179,7 @@ template <class T>
 wd_status gate_up_tiled_of(const wd_gate_up_args &args, const RouteLists &lists, const void *columns,
                            wd_cuda_handover *handover, cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
-  const bool few = routes_an_expert(s, kFewColumns);
+  const bool few = routes_an_expert(s, columns_are_tokens(s) ? kFewColumns : kFewRoutes);
   if (columns_are_tokens(s))
     return few ? launch_gate_up<T, FewRoutes, TokenColumns<FewRoutes>>(args, lists, columns, handover, stream)
                : launch_gate_up<T, ManyRoutes, TokenColumns<ManyRoutes>>(args, lists, columns, handover, stream);
