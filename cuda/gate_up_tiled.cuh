@@ -170,8 +170,8 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
       columns, handover != nullptr, told ? lists.served : nullptr, is_plain(args));
 }
 
-// Up to so many routes an expert FewRoutes serve where columns are tokens, as long as hardly any has more than 64: here a
-// route has one column.
+// Up to so many routes an expert FewRoutes serve where columns are tokens, as long as hardly any has more than 64: here
+// a route has one column.
 constexpr int kFewColumns = 40;
 
 // Of weights of type T.

@@ -213,8 +213,8 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
 }
 
 // Blocks that stay and take item after item; fewer where there cannot be as many items. Where items of one unit all run
-// at once, an item has one; where they are half as many or fewer, only some of an expert's routes, too: its rows are then
-// read several times, from L2, side by side.
+// at once, an item has one; where they are half as many or fewer, only some of an expert's routes, too: its rows are
+// then read several times, from L2, side by side.
 inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));
