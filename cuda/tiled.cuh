@@ -247,10 +247,18 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
   const RowBringer<Sizes, Op> row_bringer = {op, s, plan, rows, shared};
   const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32; // of those that multiply nothing
-  if (Op::kGuesses && plan.guesses && warp == 0 && elected()) row_bringer.guess();
-  if (!plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
-  allow_next_grid();
-  prepare<Sizes, Op::kParts>(shared, s, plan);
+  init_barriers(shared);
+  // Twice where rows are guessed: what is behind the wait then finds its instructions there, which take as long as any
+  // other way to memory while those rows come (Qwen3-30B-A3B took 291.9 us at T = 256 without, 288.4 with it).
+#pragma unroll 1
+  for (int part = Op::kGuesses && plan.guesses ? 0 : 1; part < 2; part++) {
+    if (part == 1) {
+      if (!plan.dependent) wait_for_previous_grid(), allow_copies_of_written();
+      allow_next_grid();
+    }
+    if (Op::kGuesses && plan.guesses && warp == 0 && elected()) row_bringer.guess(part);
+    place_items<Sizes, Op::kParts>(shared, s, plan, part == 1);
+  }
   if (threadIdx.x < kMultiplyingThreads) {
     take_registers<Sizes::kMultiplyingRegisters>();
     multiply_items<T>(op, plan, shared);

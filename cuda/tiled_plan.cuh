@@ -119,14 +119,10 @@ __device__ __forceinline__ int awaited_of(int routes, const TiledPlan &plan) {
   return plan.awaited_units ? (routes + plan.awaited_routes - 1) / plan.awaited_routes * plan.awaited_units : 0;
 }
 
-// All threads: barriers, and the places of the experts' items. Lists are read past L1: where they are read before the
-// grid before has ended, nothing else says that L1 has not those of an earlier call.
-template <class Sizes, int PARTS>
-__device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan) {
-  const int thread = threadIdx.x;
-  if (thread >= 32 && thread < 32 + kItems) {
-    const int i = thread - 32;
-    static_assert(Sizes::kRowStages + 4 <= kItems && Sizes::kColumnStages <= kItems);
+template <class Sizes> __device__ __forceinline__ void init_barriers(TiledShared<Sizes> &shared) {
+  const int i = (int)threadIdx.x - 32;
+  static_assert(Sizes::kRowStages + 4 <= kItems && Sizes::kColumnStages <= kItems);
+  if (i >= 0 && i < kItems) {
     barrier_init(&shared.known[i], 1);
     for (int unit = 0; unit < kUnits && i < Sizes::kRowStages; unit++) {
       barrier_init(&shared.rows_full[i][unit], 1);
@@ -138,8 +134,16 @@ __device__ __forceinline__ void prepare(TiledShared<Sizes> &shared, const wd_moe
     }
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// All threads: the places of the experts' items. Lists are read past L1: where they are read before the grid before has
+// ended, nothing else says that L1 has not those of an earlier call. !there: as if there were no routes.
+template <class Sizes, int PARTS>
+__device__ __forceinline__ void place_items(TiledShared<Sizes> &shared, const wd_moe_shape &s, const TiledPlan &plan,
+                                            bool there) {
+  const int thread = threadIdx.x;
   for (int e = thread; e <= s.experts; e += kTiledThreads)
-    shared.offsets[e] = __ldcg(plan.lists.offsets + e);
+    shared.offsets[e] = there ? __ldcg(plan.lists.offsets + e) : 0;
   __syncthreads();
   if (thread < 32) {
     const int blocks = (plan.units + plan.together - 1) / plan.together;
