@@ -138,9 +138,10 @@ wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lis
     // Five blocks an SM with two steps each, or four with three.
     double five, four;
     const int blocks = (warps_of_expert<Wide>(args) + 3) / 4;
-    WD_TRY(waves_filled(&five, s, blocks, 5));
-    WD_TRY(waves_filled(&four, s, blocks, 4));
-    if (five > four + 0.1) return launch_grouped<T, Wide, GroupedSizes<4, 1, 2>>(args, lists, handover, stream);
+    WD_TRY(waves_of(&five, s, blocks, 5));
+    WD_TRY(waves_of(&four, s, blocks, 4));
+    if (filled(five) > filled(four) + 0.1)
+      return launch_grouped<T, Wide, GroupedSizes<4, 1, 2>>(args, lists, handover, stream);
     return launch_grouped<T, Wide, GroupedSizes<4, 1, 3>>(args, lists, handover, stream);
   }
   if (!routes_an_expert(s, 12)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, handover, stream);

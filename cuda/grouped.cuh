@@ -33,15 +33,18 @@ template <class Sizes, class Rows> wd_status has_room(bool *has, const wd_moe_sh
   *has = Sizes::template ring_bytes<Rows>(parts) + searched_bytes(s) + 1024 <= (size_t)limit;
   return WD_OK;
 }
-// How well `blocks` an expert fill the GPU, `resident` at a time on each multiprocessor: the last of their waves may be
-// nearly empty. Experts: as many as ids drawn evenly meet.
-inline wd_status waves_filled(double *filled, const wd_moe_shape &s, int blocks, int resident) {
+// How many times `blocks` an expert fill the GPU, `resident` at a time on each multiprocessor. Experts: as many as ids
+// drawn evenly meet.
+inline wd_status waves_of(double *waves, const wd_moe_shape &s, int blocks, int resident) {
   int sms;
   WD_TRY(multiprocessors(&sms));
   const double experts = s.experts * (1 - pow(1 - fmin(1.0, (double)s.top_k / s.experts), (double)s.tokens));
-  const double waves = experts * blocks / ((double)sms * resident);
-  *filled = waves / ceil(waves);
+  *waves = experts * blocks / ((double)sms * resident);
   return WD_OK;
+}
+// How well: the last wave may be nearly empty.
+inline double filled(double waves) {
+  return waves / ceil(waves);
 }
 
 // c[row tile][part][tile] = the warp's rows . columns (8 a tile); all threads of the block call it together.

@@ -19,7 +19,9 @@ CASES = (  # E, K, H, I, T, routing: decode, odd sizes, lists sorted in memory, 
     (4, 2, 64, 32, 1100, "out of range"),
     (3, 2, 136, 152, 130, "out of range"),
     (6, 2, 40, 4000, 6, "out of range"),  # more blocks than run at once: down of grouped meets those of gate_up
-    (2, 2, 72, 104, 68, "uniform"),  # 68 routes an expert, in one item of tiled's down
+    (2, 2, 72, 104, 68, "uniform"),  # few experts: tiled's items share their rows
+    (34, 2, 136, 104, 1156, "uniform"),  # 68 routes an expert, in one item of tiled's down
+    (64, 4, 2112, 128, 24, "uniform"),  # blocks of grouped's down that fill the GPU more than twice
     (32, 4, 72, 1024, 300, "zipf"),  # columns of tiled's gate_up are tokens, with 38 routes an expert
     (64, 2, 40, 520, 24, "zipf"),  # and with fewer; some have none: a wrong guess where its blocks begin
     (6, 3, 200, 136, 40, "one"),

@@ -209,7 +209,10 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("intermediate", [24, 64, 72, 424, 480])  # one chunk, a step, half a step more; many
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"),  # one chunk, a step, half a step more; many; so many that items share no rows
+    [(328, 24), (328, 64), (328, 72), (328, 424), (328, 480), (1160, 600)],
+)
 @pytest.mark.parametrize(
     "lengths",  # few routes an expert to many: tiled's items end at 32 and 64, 32 and 128, 80 and 128, 64 and 128
     [
@@ -220,11 +223,11 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
         (64, 65, 80, 81, 128, 129, 200, 1),
     ],
 )
-def test_lists_that_just_fill_an_item(cuda, lengths, intermediate, dtype):
+def test_lists_that_just_fill_an_item(cuda, lengths, hidden, intermediate, dtype):
     """Experts with so many routes, one more and one less: the layer, and each of the two kernels alone."""
     if "cuda_tiled" not in kernels_of("cuda"):
         pytest.skip("gpu: this one does not serve cuda_tiled")
-    layer = make_layer(len(lengths), 328, intermediate, dtype, cuda)
+    layer = make_layer(len(lengths), hidden, intermediate, dtype, cuda)
     x, _, weights = make_tokens(layer, sum(lengths), 1, seed=intermediate)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[torch.randperm(sum(lengths))]
     ids = ids[:, None].to(cuda)
@@ -251,6 +254,19 @@ def test_items_that_share_the_rows_of_few_experts(cuda, experts, hidden, interme
         for kernel in ("cuda_tiled", "cuda_grouped")
     )
     assert torch.equal(tiled, grouped)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2112, 128), (2112, 384), (2120, 256), (2112, 264)])
+def test_down_of_more_blocks_than_run_at_once(cuda, hidden, intermediate, dtype):
+    """grouped's down takes 256 bytes of a row at a time where its blocks fill the GPU more than twice."""
+    layer = make_layer(64, hidden, intermediate, dtype, cuda)
+    inputs = make_tokens(layer, 24, 4, seed=hidden + intermediate)
+    grouped, direct = (
+        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
+        for kernel in ("cuda_grouped", "cuda_direct")
+    )
+    assert torch.equal(grouped, direct)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
