@@ -10,7 +10,7 @@ static const wd_kernel cuda_kernels[] = {
      "intermediate up to 1048560",
      kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, up to 256 rows a block, from two to twelve tokens an expert on, sooner where weights are larger; "
+     "wgmma, up to 256 rows a block, from one to twelve tokens an expert on, sooner where weights are larger; "
      "compute capability 9.0, up to 512 experts, rows in one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,
@@ -52,29 +52,25 @@ static int serves(const wd_kernel *kernel, DLDevice device, const wd_moe_shape *
 static double others_of_route(const wd_moe_shape *s) {
   return (double)(s->tokens - 1) * s->top_k / s->experts;
 }
-/* Bytes of gate, up and down that a call reads when it reads an expert once a route. */
-static double bytes_of_routes(const wd_moe_shape *s) {
-  return (double)(s->tokens * s->top_k) * 3 * s->hidden * s->intermediate * 2;
-}
-/* Of those, what it reads more than once: each pair of routes counts once. */
+/* Bytes of gate, up and down that a call which reads an expert once a route reads more than once: each pair of routes
+ * counts once. */
 static double bytes_read_again(const wd_moe_shape *s) {
-  return bytes_of_routes(s) * others_of_route(s) / 2;
+  return (double)(s->tokens * s->top_k) * 3 * s->hidden * s->intermediate * 2 * others_of_route(s) / 2;
 }
 
 /* Direct has nothing to look up and no launch behind down, 4 to 9 us on an H200, and reads an expert once a route, from
  * L2 where the routes run side by side: it is chosen where what it reads again takes no longer than that, or, of up to
  * four tokens, is little beside the rest. Tiled reads faster than grouped, the more so the more routes an expert has,
- * but prepares lists first, some 4 us: it is chosen from two routes an expert on where the routes' weights are
- * 3.5 GB, else from eight, or, where down's rows are short and its items with them, twelve. Between them, and where
- * tiled does not serve: grouped. */
+ * but prepares lists first, some 4 us: it is chosen from eight routes an expert on, or, where down's rows are short and
+ * its items with them, twelve; sooner where direct would read 3.3 GB again (OLMoE's 6.2 at T = 32: 184.3 us, grouped
+ * 186.2; Qwen3.5-35B-A3B's 3.2 at 64: 319.0, grouped 317.3). Between them, and where tiled does not serve: grouped. */
 static int prefers(const wd_kernel *kernel, const wd_moe_shape *shape) {
   const int64_t routes = shape->tokens * shape->top_k;
   switch (kernel->schedule) {
   case WD_CUDA_DIRECT:
     return bytes_read_again(shape) <= 40e6 || (shape->tokens <= 4 && others_of_route(shape) <= 0.3);
   case WD_CUDA_TILED:
-    return routes >= (shape->intermediate < 640 ? 12 : 8) * (int64_t)shape->experts ||
-           (routes >= 2 * (int64_t)shape->experts && bytes_of_routes(shape) >= 3.5e9);
+    return routes >= (shape->intermediate < 640 ? 12 : 8) * (int64_t)shape->experts || bytes_read_again(shape) >= 3.3e9;
   default:
     return 1;
   }
