@@ -33,7 +33,7 @@ struct Chunk {
 
 // ---- lists ----------------------------------------------------------------------------------------------------------
 
-constexpr int kSortThreads = 256, kMostSortThreads = 1024;
+constexpr int kLeastSortThreads = 256, kMostSortThreads = 1024;
 constexpr int kRunsAtOnce = 4; // whose ids are on their way together
 
 // Hidden states [T, length], and where they go as columns of tokens (columns.cuh). source == NULL: nowhere.
@@ -141,16 +141,16 @@ RouteLists sorted_routes(const wd_moe_shape &s, void *scratch) {
   return {offsets, served + s.experts + 1, taken, served};
 }
 
-// All ids on their way at once: a second look at memory comes behind the rows that gate_up has asked for, 4 us later
-// (OLMoE took 211.5 us at T = 256 with 256 threads, 208.6 so). But where gate_up begins beside this grid, which it does
-// when all blocks have, they leave it half of an SM's threads.
+// Many ids on their way at once: a second look at memory comes behind the rows that gate_up has asked for, 4 us later
+// (OLMoE took 211.5 us at T = 256 with 256 threads, 208.6 so). But where gate_up's blocks begin beside this grid's,
+// which they do when all of those have begun, an SM has at most 1024 threads of it.
 static wd_status sort_threads(int *threads, const wd_moe_shape &s, int64_t runs) {
   int resident;
   WD_TRY(multiprocessors(&resident));
   const int64_t wanted = (runs + kRunsAtOnce - 1) / kRunsAtOnce * 32;
   const int64_t room = meets_by_expert(s) ? (int64_t)resident * 1024 / s.experts / 32 * 32 : kMostSortThreads;
   const int64_t most = room < kMostSortThreads ? room : kMostSortThreads, some = wanted < most ? wanted : most;
-  *threads = (int)(some > kSortThreads ? some : kSortThreads);
+  *threads = (int)(some > kLeastSortThreads ? some : kLeastSortThreads);
   return WD_OK;
 }
 

@@ -29,7 +29,7 @@ inline bool meets_by_expert(const wd_moe_shape &s) {
 }
 
 // Up to so many routes an expert, on average, reading its rows is all that counts: tiled's down has small tiles then,
-// and a deep ring (gate_up, which has half as many columns, up to kFewColumns).
+// and a deep ring (gate_up, too; where its columns are tokens, up to kFewColumns).
 constexpr int kFewRoutes = 24;
 
 // Whether columns of tiled's gate_up are tokens (columns.cuh): nothing is gathered, which Qwen3-30B-A3B at T = 128 took
@@ -98,7 +98,7 @@ __device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, co
                                             int *expert) {
   *expert = index;
   if (lists.offsets) {
-    const int first = __ldcg(lists.offsets + index); // past L1: see prepare() of tiled_plan.cuh
+    const int first = __ldcg(lists.offsets + index); // past L1: see place_items() of tiled_plan.cuh
     *routes = lists.routes + first;
     return __ldcg(lists.offsets + index + 1) - first;
   }

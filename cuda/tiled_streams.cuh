@@ -113,8 +113,8 @@ template <class Sizes, class Op> struct RowBringer {
       }
   }
   // The first steps of the item that the block probably has: in part 0 some, before the grid before has ended, which
-  // makes the lists, and in part 1, when it has, the others. All at once they were in the way of the lists: OLMoE took
-  // 194.1 us at T = 128 (192.6 so), Qwen3-30B-A3B 270.8 at 64 (270.0).
+  // makes the lists or gathers by them, and in part 1, when it has, the others. All at once they were in the way of the
+  // lists: OLMoE took 194.1 us at T = 128 (192.6 so), Qwen3-30B-A3B 270.8 at 64 (270.0).
   __device__ __forceinline__ void guess(int part) const {
     const Item item = guessed_item(s, plan);
     const int steps = guessed_steps();

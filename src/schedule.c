@@ -10,7 +10,7 @@ static const wd_kernel cuda_kernels[] = {
      "intermediate up to 1048560",
      kDLCUDA, NULL, WD_CUDA_DIRECT},
     {"cuda_tiled",
-     "wgmma, up to 256 rows a block, from one to twelve tokens an expert on, sooner where weights are larger; "
+     "wgmma, up to 256 rows a block, from eight to twelve tokens an expert on, sooner where weights are larger; "
      "compute capability 9.0, up to 512 experts, rows in one piece",
      kDLCUDA, NULL, WD_CUDA_TILED},
     {"cuda_grouped", "a block an expert's rows, each expert read once for all its tokens", kDLCUDA, NULL,

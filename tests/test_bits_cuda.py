@@ -214,7 +214,7 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
     [(328, 24), (328, 64), (328, 72), (328, 424), (328, 480), (1160, 600)],
 )
 @pytest.mark.parametrize(
-    "lengths",  # few routes an expert to many: tiled's items end at 32 and 64, 32 and 128, 80 and 128, 64 and 128
+    "lengths",  # few routes an expert to many: items of down and gate_up end at 32 and 64, 80 and 64 or 128, 64 and 128
     [
         (0, 65, 1, 7, 8, 9, 33, 64, *64 * (5,)),  # with 480 neurons an expert, columns are tokens
         (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 97, 128, 129, 200, *56 * (16,)),  # likewise
