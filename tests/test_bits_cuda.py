@@ -34,6 +34,16 @@ def calls_of(layer, tokens, top_k):
     return {name: warpdecode.Experts(layer.gate_up, layer.down, kernel=name) for name in [None, *names]}
 
 
+def assert_same_bits(layer, inputs, one, other):
+    """Of two kernels. Skips where this device does not serve one of them."""
+    served = kernels_of(layer.gate_up.device.type)
+    for kernel in (one, other):
+        if kernel not in served:
+            pytest.skip(f"gpu: this one does not serve {kernel}")
+    calls = [warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel) for kernel in (one, other)]
+    assert torch.equal(*(call(*inputs) for call in calls))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_batch_size(cuda, shape, dtype):
@@ -245,15 +255,9 @@ def test_lists_that_just_fill_an_item(cuda, lengths, hidden, intermediate, dtype
 @pytest.mark.parametrize(("experts", "hidden", "intermediate"), [(8, 4864, 336), (2, 264, 520), (16, 136, 64)])
 def test_items_that_share_the_rows_of_few_experts(cuda, experts, hidden, intermediate, tokens, routing):
     """Where there would be few items, an expert's routes are shared by several, and none is lost or served twice."""
-    if "cuda_tiled" not in kernels_of("cuda"):
-        pytest.skip("gpu: this one does not serve cuda_tiled")
     layer = make_layer(experts, hidden, intermediate, torch.bfloat16, cuda)
     inputs = make_tokens(layer, tokens, 2, seed=tokens, routing=routing)
-    tiled, grouped = (
-        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
-        for kernel in ("cuda_tiled", "cuda_grouped")
-    )
-    assert torch.equal(tiled, grouped)
+    assert_same_bits(layer, inputs, "cuda_tiled", "cuda_grouped")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -262,11 +266,7 @@ def test_down_of_more_blocks_than_run_at_once(cuda, hidden, intermediate, dtype)
     """grouped's down takes 256 bytes of a row at a time where its blocks fill the GPU more than twice."""
     layer = make_layer(64, hidden, intermediate, dtype, cuda)
     inputs = make_tokens(layer, 24, 4, seed=hidden + intermediate)
-    grouped, direct = (
-        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
-        for kernel in ("cuda_grouped", "cuda_direct")
-    )
-    assert torch.equal(grouped, direct)
+    assert_same_bits(layer, inputs, "cuda_grouped", "cuda_direct")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -276,15 +276,9 @@ def test_down_of_more_blocks_than_run_at_once(cuda, hidden, intermediate, dtype)
 )
 def test_blocks_that_take_many_items(cuda, hidden, intermediate, dtype):
     """More items a block than tiled has places for, of fewer steps than its rings have, and of more."""
-    if "cuda_tiled" not in kernels_of("cuda"):
-        pytest.skip("gpu: this one does not serve cuda_tiled")
     layer = make_layer(64, hidden, intermediate, dtype, cuda)
     inputs = make_tokens(layer, 160, 2, seed=hidden + intermediate)
-    tiled, grouped = (
-        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
-        for kernel in ("cuda_tiled", "cuda_grouped")
-    )
-    assert torch.equal(tiled, grouped)
+    assert_same_bits(layer, inputs, "cuda_tiled", "cuda_grouped")
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 10])
@@ -303,8 +297,4 @@ def test_direct_has_room_for_many_routes(cuda):
     """More routes than a grid's second axis has blocks."""
     layer = make_layer(8, 16, 8, torch.bfloat16, cuda)
     inputs = make_tokens(layer, 70_000, 1)
-    direct, grouped = (
-        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)(*inputs)
-        for kernel in ("cuda_direct", "cuda_grouped")
-    )
-    assert torch.equal(direct, grouped)
+    assert_same_bits(layer, inputs, "cuda_direct", "cuda_grouped")
