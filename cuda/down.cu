@@ -66,13 +66,14 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
     down_grouped(const __grid_constant__ wd_down_args args, RouteLists lists, bool dependent,
                  const __grid_constant__ Flags flags) {
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ int32_t warp_counts[Sizes::kWarps];
+  __shared__ int32_t counts[kSearchedRoutes / 32];
   int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<Rows>(2));
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   int expert;
   const int32_t *routes;
-  const int count = serve_routes(blockIdx.y, s, args.topk_ids, lists, searched, warp_counts, &routes, &expert);
+  const int count =
+      serve_routes<Sizes::kThreads>(blockIdx.y, s, args.topk_ids, lists, searched, counts, &routes, &expert);
   const uint32_t shared = shared_address(ring);
   bool waits = dependent;
   const auto wait = [&] {

@@ -67,12 +67,13 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
     gate_up_grouped(const __grid_constant__ wd_gate_up_args args, bool plain, RouteLists lists,
                     const __grid_constant__ Flags flags) {
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ int32_t warp_counts[Sizes::kWarps];
+  __shared__ int32_t counts[kSearchedRoutes / 32];
   int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<typename Neurons::Rows>(1));
   flags.begin();
   int expert;
   const int32_t *routes;
-  const int count = serve_routes(blockIdx.y, args.shape, args.topk_ids, lists, searched, warp_counts, &routes, &expert);
+  const int count =
+      serve_routes<Sizes::kThreads>(blockIdx.y, args.shape, args.topk_ids, lists, searched, counts, &routes, &expert);
   const uint32_t shared = shared_address(ring);
   bool begins = true;
   const auto begun = [&] {

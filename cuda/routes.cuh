@@ -60,29 +60,6 @@ __device__ __forceinline__ float *down_values(const wd_down_args &args) {
   return (float *)((char *)args.scratch + sorted_routes_span(args.shape));
 }
 
-// Writes the routes of `expert` to list, in ascending order, and returns their number to every thread. All threads of
-// the block call it; list and warp_counts (one int a warp) are in shared memory.
-__device__ __forceinline__ int search_routes(const void *ids, int id_bytes, int routes, int expert, int experts,
-                                             int32_t *list, int32_t *warp_counts) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = blockDim.x / 32;
-  int found = 0;
-  for (int base = 0; base < routes; base += blockDim.x) {
-    const int route = base + thread;
-    const bool mine = route < routes && expert_of(ids, id_bytes, route, experts) == expert;
-    const unsigned votes = __ballot_sync(~0u, mine);
-    if (lane == 0) warp_counts[warp] = __popc(votes);
-    __syncthreads();
-    int before = found;
-    for (int w = 0; w < warps; w++) {
-      if (w < warp) before += warp_counts[w];
-      found += warp_counts[w];
-    }
-    if (mine) list[before + __popc(votes & ((1u << lane) - 1))] = route;
-    __syncthreads();
-  }
-  return found;
-}
-
 // Blocks serve experts, or where there are fewer routes than experts, routes: the first of its expert serves all of it.
 // Blocks of experts without a route would leave soon, too, but keep others from starting that have weights to load.
 inline unsigned serving_blocks(const wd_moe_shape &s) {
@@ -90,12 +67,13 @@ inline unsigned serving_blocks(const wd_moe_shape &s) {
   return (unsigned)(routes < s.experts && !needs_lists(s) ? routes : s.experts);
 }
 
-// The routes that a block serves, and their expert: the `index`th of serving_blocks(). The routes are in *routes, their
-// number is returned: from the sorted lists where there are some, else by a search into `searched`
-// (searched_bytes() of shared memory).
+// The routes that a block of THREADS serves, and their expert: the `index`th of serving_blocks(). The routes,
+// ascending, are in *routes, their number is returned: from the sorted lists where there are some, else by a search
+// into `searched` (searched_bytes() of shared memory). All threads call it; counts is in shared memory.
+template <int THREADS>
 __device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, const void *ids, const RouteLists &lists,
-                                            int32_t *searched, int32_t *warp_counts, const int32_t **routes,
-                                            int *expert) {
+                                            int32_t *searched, int32_t (&counts)[kSearchedRoutes / 32],
+                                            const int32_t **routes, int *expert) {
   *expert = index;
   if (lists.offsets) {
     const int first = __ldcg(lists.offsets + index); // past L1: see place_items() of tiled_plan.cuh
@@ -103,10 +81,34 @@ __device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, co
     return __ldcg(lists.offsets + index + 1) - first;
   }
   *routes = searched;
-  const int count = (int)s.tokens * s.top_k;
-  const bool by_route = count < s.experts;
+  constexpr int kRounds = kSearchedRoutes / THREADS, kWarps = THREADS / 32;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, all = (int)s.tokens * s.top_k;
+  const bool by_route = all < s.experts;
+  int asked[kRounds]; // all ids on their way at once: no weight is asked for before they are there
+#pragma unroll
+  for (int i = 0; i < kRounds; i++)
+    asked[i] =
+        i * THREADS + thread < all ? expert_of(ids, s.id_bytes, i * THREADS + thread, s.experts) : -2; // nobody's
   if (by_route) *expert = expert_of(ids, s.id_bytes, index, s.experts);
-  const int found = search_routes(ids, s.id_bytes, count, *expert, s.experts, searched, warp_counts);
+  unsigned votes[kRounds];
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) {
+    votes[i] = __ballot_sync(~0u, asked[i] == *expert);
+    if (lane == 0) counts[i * kWarps + warp] = __popc(votes[i]);
+  }
+  __syncthreads();
+  int found = 0;
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) {
+    int before = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      if (w == warp) before = found;
+      found += counts[i * kWarps + w];
+    }
+    if (votes[i] >> lane & 1) searched[before + __popc(votes[i] & ((1u << lane) - 1))] = i * THREADS + thread;
+  }
+  __syncthreads();
   return by_route && (*expert < 0 || searched[0] != index) ? 0 : found;
 }
 
