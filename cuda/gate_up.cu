@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(32 * kDirectWarps<typename Neurons::Rows>)
     gate_up_direct(const __grid_constant__ wd_gate_up_args args, bool plain) {
   using Rows = typename Neurons::Rows;
   extern __shared__ __align__(128) uint8_t rings[];
+  wait_for_previous_grid();
   allow_next_grid();
   const wd_moe_shape &s = args.shape;
   const int64_t route = blockIdx.x;
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, 2)
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ int32_t counts[kSearchedRoutes / 32];
   int32_t *searched = (int32_t *)(ring + Sizes::template ring_bytes<typename Neurons::Rows>(1));
+  wait_for_previous_grid();
   flags.begin();
   int expert;
   const int32_t *routes;
@@ -102,10 +104,12 @@ template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args 
   const int64_t routes = args.shape.tokens * args.shape.top_k;
   constexpr int warps = kDirectWarps<Rows>;
   const int blocks = (warps_of_expert<Neurons>(args) + warps - 1) / warps;
+  bool early_launch;
+  WD_TRY(serves_dependent_launch(&early_launch));
   return choose_ahead<Rows, 1>(blocks * routes, warps, kDirectOnTheirWay<Rows>, [&](auto ahead) {
     return launch_shared<gate_up_direct<T, Neurons, ahead>>("gate_up_direct", dim3((unsigned)routes, blocks),
                                                             dim3(32 * warps), warps * direct_bytes<Rows, 1, ahead>(),
-                                                            stream, false, args, is_plain(args));
+                                                            stream, early_launch, args, is_plain(args));
   });
 }
 
@@ -115,12 +119,14 @@ wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, w
   const wd_moe_shape &s = args.shape;
   const int row_blocks = (warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps;
   static_assert(Sizes::kWarps * Neurons::kLeastOfWarp >= kFlagNeurons, "as flags_bytes() counts");
+  bool early_launch;
+  WD_TRY(serves_dependent_launch(&early_launch));
   Flags flags;
   WD_TRY(flags_for(&flags, s, args.scratch, {row_blocks, (int32_t)list_splits(s), Sizes::kRoutes}, handover));
   return launch_shared<gate_up_grouped<T, Neurons, Sizes>>(
       "gate_up_grouped", dim3(row_blocks, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
-      Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, false, args, is_plain(args),
-      lists, flags);
+      Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, early_launch, args,
+      is_plain(args), lists, flags);
 }
 
 // Rings as deep as two to five blocks an SM leave room for; GPUs with 99 KB for a block have shorter ones.

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kMostSortThreads, kSortBlocks)
                    int32_t *lists, const Tokens tokens) {
   extern __shared__ uint32_t matches[]; // of each run of 32 routes
   __shared__ int32_t below[kMostSortThreads / 32], mine[kMostSortThreads / 32];
+  wait_for_previous_grid();
   allow_next_grid(); // it waits for this one before it looks
   if ((int)blockIdx.x >= s.experts) return order_tokens(tokens, s, (blockIdx.x - s.experts) * blockDim.x + threadIdx.x);
   const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = blockDim.x / 32;
@@ -160,9 +161,11 @@ wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, con
   const Tokens tokens = {hidden_states, columns, s.hidden};
   const int64_t runs = (s.tokens * s.top_k + 31) / 32, chunks = hidden_states ? s.tokens * chunks_of(s.hidden) : 0;
   int threads;
+  bool early_launch;
   WD_TRY(sort_threads(&threads, s, runs));
+  WD_TRY(serves_dependent_launch(&early_launch));
   return launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)(s.experts + (chunks + threads - 1) / threads)),
-                                       dim3(threads), (size_t)runs * sizeof(uint32_t), stream, false, s, ids,
+                                       dim3(threads), (size_t)runs * sizeof(uint32_t), stream, early_launch, s, ids,
                                        lists.taken, lists.served, (int32_t *)lists.offsets, (int32_t *)lists.routes,
                                        tokens);
 }
