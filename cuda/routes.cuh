@@ -84,11 +84,14 @@ __device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, co
   constexpr int kRounds = kSearchedRoutes / THREADS, kWarps = THREADS / 32;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, all = (int)s.tokens * s.top_k;
   const bool by_route = all < s.experts;
-  int asked[kRounds]; // all ids on their way at once: no weight is asked for before they are there
+  // All ids on their way at once: no weight is asked for before they are there. A place behind the last is -2, which no
+  // block serves, not even one whose own id is out of range: `searched` has no room for it.
+  int asked[kRounds];
 #pragma unroll
-  for (int i = 0; i < kRounds; i++)
-    asked[i] =
-        i * THREADS + thread < all ? expert_of(ids, s.id_bytes, i * THREADS + thread, s.experts) : -2; // nobody's
+  for (int i = 0; i < kRounds; i++) {
+    const int route = i * THREADS + thread;
+    asked[i] = route < all ? expert_of(ids, s.id_bytes, route, s.experts) : -2;
+  }
   if (by_route) *expert = expert_of(ids, s.id_bytes, index, s.experts);
   unsigned votes[kRounds];
 #pragma unroll
