@@ -27,7 +27,10 @@ find_program(WARPDECODE_NVCC nvcc HINTS ${python_nvcc} PATHS /usr/local/cuda/bin
 set(gencode "")
 set(architecture_names "")
 foreach(architecture IN LISTS WARPDECODE_CUDA_ARCHITECTURES)
-  if(architecture MATCHES "^([0-9]+a?)-virtual$")
+  if(architecture MATCHES "^([0-9]+)-virtual$" AND CMAKE_MATCH_1 LESS 90)
+    message(FATAL_ERROR "warpdecode: WARPDECODE_CUDA_ARCHITECTURES had ${architecture}, expected 90-virtual or newer: a \
+driver would compile it for newer GPUs, where kernels begin before the one before them has ended, and it does not wait")
+  elseif(architecture MATCHES "^([0-9]+a?)-virtual$")
     list(APPEND gencode -gencode=arch=compute_${CMAKE_MATCH_1},code=compute_${CMAKE_MATCH_1})
   else()
     list(APPEND gencode -gencode=arch=compute_${architecture},code=sm_${architecture})

@@ -32,7 +32,8 @@ struct Flags {
   __device__ __forceinline__ int32_t *at(int split, int row_block) const {
     return first + ((int64_t)blockIdx.y * splits + split) * row_blocks + row_block;
   }
-  // By all threads of a block of gate_up, the first thing in it; once more when its first copies are on their way.
+  // By all threads of a block of gate_up, as soon as the grid before has ended; once more when its first copies are on
+  // their way.
   __device__ __forceinline__ void begin() const {
     if (!first)
       allow_next_grid();

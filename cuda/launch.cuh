@@ -18,9 +18,10 @@ wd_status cuda_failed(cudaError_t error, const char *what); // sets the sentence
 
 // dependent: programmatic dependent launch - the kernel may start before the one before it has ended, and before it
 // touches anything that one writes it calls wait_for_previous_grid(), or, down, sees that the blocks which write it are
-// through (flags.cuh, meet() of tiled_streams.cuh). The first kernel of a call starts so behind whatever its stream has
-// before it: it waits at once, and only then lets the next one in, so that none of a call's kernels touches anything,
-// weights and scratch neither, before all that was enqueued before the call has ended.
+// through (flags.cuh, meet() of tiled_streams.cuh). The first kernel of a call (but down's, called alone, where it
+// needs no lists) starts so behind whatever its stream has before it: it waits at once, and only then lets the next one
+// in, so that none of a call's kernels touches anything, weights and scratch neither, before all that was enqueued
+// before the call has ended.
 template <class... Parameters, class... Arguments>
 wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t stream, bool dependent, Arguments... arguments) {

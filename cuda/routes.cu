@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMostSortThreads, kSortBlocks)
   extern __shared__ uint32_t matches[]; // of each run of 32 routes
   __shared__ int32_t below[kMostSortThreads / 32], mine[kMostSortThreads / 32];
   wait_for_previous_grid();
-  allow_next_grid(); // it waits for this one before it looks
+  allow_next_grid(); // not sooner: it asks for weights at once, and waits for this one only before it looks at lists
   if ((int)blockIdx.x >= s.experts) return order_tokens(tokens, s, (blockIdx.x - s.experts) * blockDim.x + threadIdx.x);
   const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = blockDim.x / 32;
   // A warp owns some runs: it counts, learns what lies before it, and writes, without waiting for the others.

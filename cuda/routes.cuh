@@ -8,7 +8,7 @@ namespace wd {
 
 // Up to this many routes every block finds its expert's routes itself: the search costs less than a kernel that would
 // have to end before the first weight is read. Above, sort_routes runs first (searched, Qwen3.5 took 389 us at T = 128,
-// with lists 365; 332 and 318 at 64).
+// with lists 365; 332 and 318 at 64: with a slower search than today's).
 constexpr int kSearchedRoutes = 256;
 
 inline bool needs_lists(const wd_moe_shape &s) {
@@ -82,6 +82,7 @@ __device__ __forceinline__ int serve_routes(int index, const wd_moe_shape &s, co
   }
   *routes = searched;
   constexpr int kRounds = kSearchedRoutes / THREADS, kWarps = THREADS / 32;
+  static_assert(kSearchedRoutes % THREADS == 0);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, all = (int)s.tokens * s.top_k;
   const bool by_route = all < s.experts;
   // All ids on their way at once: no weight is asked for before they are there. A place behind the last is -2, which no

@@ -29,9 +29,9 @@
  * on one device: kDLCPU (or kDLCUDAHost, treated as CPU memory), or one kDLCUDA device. The library never allocates
  * device memory, never synchronises, never keeps a pointer after a call, never prints, never exits. On CUDA a call
  * enqueues kernels on the caller's stream and returns; every pointer must stay valid until the stream has passed them.
- * From compute capability 9.0 on the first of them is a programmatic dependent launch that waits, before it looks at
- * anything, for the kernel ahead of it: one that was itself launched so must have waited for what is ahead of it, as
- * CUDA asks of it. On the CPU a call returns when the result is written.
+ * From compute capability 9.0 on the first of them may be a programmatic dependent launch; it waits, before it looks at
+ * anything, for the kernel ahead of it, and one that was itself launched so must have waited for what is ahead of it,
+ * as CUDA asks of it. On the CPU a call returns when the result is written.
  *
  * Errors. Every function that can fail returns a wd_status. wd_last_error() then holds a sentence, for this thread,
  * that names the argument, what it was and what was expected. Everything is checked before the first launch: when
