@@ -5,7 +5,7 @@ import torch
 
 import warpdecode
 from cases import make_layer, make_tokens, poison
-from test_moe import kernels_of
+from test_moe import experts_of, kernels_of
 from warpdecode._ffi import check, ffi, lib
 from warpdecode.frameworks import _torch
 
@@ -35,12 +35,8 @@ def calls_of(layer, tokens, top_k):
 
 
 def assert_same_bits(layer, inputs, one, other):
-    """Of two kernels. Skips where this device does not serve one of them."""
-    served = kernels_of(layer.gate_up.device.type)
-    for kernel in (one, other):
-        if kernel not in served:
-            pytest.skip(f"gpu: this one does not serve {kernel}")
-    calls = [warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel) for kernel in (one, other)]
+    """Of two kernels."""
+    calls = [experts_of(layer, kernel) for kernel in (one, other)]
     assert torch.equal(*(call(*inputs) for call in calls))
 
 
@@ -171,11 +167,8 @@ def test_direct_leaves_rows_that_its_grid_has_no_room_for(cuda, hidden, intermed
 @pytest.mark.parametrize("kernel", ["cuda_grouped", "cuda_tiled"])
 def test_replays_with_other_ids(cuda, kernel):
     """The lists of routes lie where those of the replay before lay, and nothing of those may be read."""
-    if kernel not in kernels_of("cuda"):
-        pytest.skip(f"gpu: this one does not serve {kernel}")
     layer = make_layer(32, 512, 256, torch.bfloat16, cuda)
-    call = warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)
-    direct = warpdecode.Experts(layer.gate_up, layer.down, kernel="cuda_direct")
+    call, direct = experts_of(layer, kernel), experts_of(layer, "cuda_direct")
     inputs = [make_tokens(layer, 600, 4, seed=seed) for seed in range(40)]
     expected = [direct(*one) for one in inputs]
     own = [tensor.clone() for tensor in inputs[0]]
@@ -199,10 +192,8 @@ def test_replays_with_other_ids(cuda, kernel):
 def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, experts, hidden, intermediate, tokens):
     """down begins before gate_up has ended, and waits for the experts that it serves: for those of this call. gate_up
     has more blocks than run at once, and the workspace has the marks and the intermediate of the call before."""
-    if kernel not in kernels_of("cuda"):
-        pytest.skip(f"gpu: this one does not serve {kernel}")
     layer = make_layer(experts, hidden, intermediate, torch.bfloat16, cuda)
-    call, direct = (warpdecode.Experts(layer.gate_up, layer.down, kernel=name) for name in (kernel, "cuda_direct"))
+    call, direct = experts_of(layer, kernel), experts_of(layer, "cuda_direct")
     inputs = [make_tokens(layer, tokens, 4, seed=seed) for seed in range(10)]
     expected = [direct(*one) for one in inputs]
     owners = {}
@@ -235,15 +226,11 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
 )
 def test_lists_that_just_fill_an_item(cuda, lengths, hidden, intermediate, dtype):
     """Experts with so many routes, one more and one less: the layer, and each of the two kernels alone."""
-    if "cuda_tiled" not in kernels_of("cuda"):
-        pytest.skip("gpu: this one does not serve cuda_tiled")
     layer = make_layer(len(lengths), hidden, intermediate, dtype, cuda)
     x, _, weights = make_tokens(layer, sum(lengths), 1, seed=intermediate)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[torch.randperm(sum(lengths))]
     ids = ids[:, None].to(cuda)
-    tiled, grouped = (
-        warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel) for kernel in ("cuda_tiled", "cuda_grouped")
-    )
+    tiled, grouped = experts_of(layer, "cuda_tiled"), experts_of(layer, "cuda_grouped")
     assert torch.equal(tiled(x, ids, weights), grouped(x, ids, weights))
     middle = warpdecode.moe_gate_up_3d_batched(tiled, x, ids)
     assert torch.equal(middle, warpdecode.moe_gate_up_3d_batched(grouped, x, ids))

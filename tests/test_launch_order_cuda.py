@@ -5,18 +5,12 @@ import torch
 
 import warpdecode
 from cases import make_layer, make_tokens, poison
-from test_moe import kernels_of
+from test_moe import experts_of
 
 pytestmark = pytest.mark.gpu
 
 KERNELS = ["cuda_direct", "cuda_grouped", "cuda_tiled"]
 TOKENS = [8, 100]  # grouped with a search in each block, and with lists
-
-
-def experts_of(layer, kernel):
-    if kernel not in kernels_of("cuda"):
-        pytest.skip(f"gpu: this one does not serve {kernel}")
-    return warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

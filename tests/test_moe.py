@@ -16,6 +16,14 @@ def kernels_of(device):
     return [kernel.name for kernel in warpdecode.kernels() if kernel.device == device and kernel.usable]
 
 
+def experts_of(layer, kernel):
+    """The layer by one kernel of the table. Skips where its device does not serve that one."""
+    device = layer.down.device.type
+    if kernel not in kernels_of(device):
+        pytest.skip(f"{'gpu' if device == 'cuda' else device}: this one does not serve {kernel}")
+    return warpdecode.Experts(layer.gate_up, layer.down, kernel=kernel)
+
+
 def run(layer, x, ids, weights, activation="silu", kernel=None):
     """A call with a poisoned output; every element must have been written."""
     out = poison(torch.empty_like(x))
