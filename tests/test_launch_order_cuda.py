@@ -10,7 +10,7 @@ from test_moe import experts_of
 pytestmark = pytest.mark.gpu
 
 KERNELS = ["cuda_direct", "cuda_grouped", "cuda_tiled"]
-TOKENS = [8, 100]  # grouped with a search in each block, and with lists
+TOKENS = [1, 8, 100]  # all blocks of direct at once; grouped with a search in each block, and with lists
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
