@@ -225,7 +225,7 @@ wd_status down(const wd_down_args &args, wd_cuda_schedule schedule, const wd_cud
                                                : (size_t)s.tokens * s.top_k * 2 * s.intermediate * sizeof(T));
   const unsigned row_blocks = (s.hidden + 4 * kCombineThreads - 1) / (4 * kCombineThreads);
   return launch_shared<combine_slots<T>>("combine_slots", dim3((unsigned)s.tokens * row_blocks), dim3(kCombineThreads),
-                                         0, stream, early_launch, args, row_blocks, spent);
+                                         0, stream, true, args, row_blocks, spent);
 }
 
 } // namespace wd

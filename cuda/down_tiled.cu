@@ -63,6 +63,10 @@ __global__ void __launch_bounds__(Sizes::kBoundThreads, 1)
 #endif
 }
 
+static int units_of(const wd_moe_shape &s) {
+  return (s.hidden + kUnitRows - 1) / kUnitRows;
+}
+
 template <class T, class Sizes>
 static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, const void *columns,
                             const wd_cuda_handover *handover, cudaStream_t stream) {
@@ -70,7 +74,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   const wd_matrix &m = args.down;
   const int64_t expert_rows = m.expert_stride / m.row_stride;
   TiledPlan plan = {};
-  plan.units = (s.hidden + kUnitRows - 1) / kUnitRows;
+  plan.units = units_of(s);
   plan.expert_rows = (int)expert_rows;
   plan.lists = lists, plan.taken = lists.taken + 1;
   plan.dependent = handover != nullptr;
@@ -82,7 +86,7 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
   row_maps.box[1] = row_maps.box[0]; // not used
   WD_TRY(describe_columns(&column_map, columns, s.intermediate, 2 * wd_column_groups(&s), Sizes::kBox));
   dim3 grid;
-  WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns / 2));
+  WD_TRY(tiled_grid<Sizes>(&grid, &plan, s, Sizes::kColumns / 2));
   return launch_shared<down_tiled_kernel<T, Sizes>>("down_tiled", grid, dim3(kTiledThreads), sizeof(TiledShared<Sizes>),
                                                     stream, true, args, plan, row_maps, column_map);
 }
@@ -90,10 +94,14 @@ static wd_status down_sizes(const wd_down_args &args, const RouteLists &lists, c
 template <class T>
 static wd_status down_dtype(const wd_down_args &args, const RouteLists &lists, const void *columns,
                             const wd_cuda_handover *handover, cudaStream_t stream) {
-  if (routes_an_expert(args.shape, kFewRoutes)) return down_sizes<T, FewRoutes>(args, lists, columns, handover, stream);
-  if (routes_an_expert(args.shape, kSomeRoutes))
-    return down_sizes<T, SomeRoutes>(args, lists, columns, handover, stream);
-  return down_sizes<T, ManyRoutes>(args, lists, columns, handover, stream);
+  const wd_moe_shape &s = args.shape;
+  const auto launch = [&](auto sizes) {
+    return down_sizes<T, decltype(sizes)>(args, lists, columns, handover, stream);
+  };
+  const int units = units_of(s), parts = Down<T, FewRoutes>::kParts;
+  if (routes_an_expert(s, kFewRoutes)) return choose_units<FewRoutes>(s, units, parts, launch);
+  if (routes_an_expert(s, kSomeRoutes)) return choose_units<SomeRoutes>(s, units, parts, launch);
+  return choose_units<ManyRoutes>(s, units, parts, launch);
 }
 
 wd_status down_tiled(const wd_down_args &args, const RouteLists &lists, const void *columns,

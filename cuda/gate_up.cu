@@ -104,12 +104,10 @@ template <class T, class Neurons> wd_status launch_direct(const wd_gate_up_args 
   const int64_t routes = args.shape.tokens * args.shape.top_k;
   constexpr int warps = kDirectWarps<Rows>;
   const int blocks = (warps_of_expert<Neurons>(args) + warps - 1) / warps;
-  bool early_launch;
-  WD_TRY(serves_dependent_launch(&early_launch));
   return choose_ahead<Rows, 1>(blocks * routes, warps, kDirectOnTheirWay<Rows>, [&](auto ahead) {
     return launch_shared<gate_up_direct<T, Neurons, ahead>>("gate_up_direct", dim3((unsigned)routes, blocks),
                                                             dim3(32 * warps), warps * direct_bytes<Rows, 1, ahead>(),
-                                                            stream, early_launch, args, is_plain(args));
+                                                            stream, true, args, is_plain(args));
   });
 }
 
@@ -119,14 +117,12 @@ wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, w
   const wd_moe_shape &s = args.shape;
   const int row_blocks = (warps_of_expert<Neurons>(args) + Sizes::kWarps - 1) / Sizes::kWarps;
   static_assert(Sizes::kWarps * Neurons::kLeastOfWarp >= kFlagNeurons, "as flags_bytes() counts");
-  bool early_launch;
-  WD_TRY(serves_dependent_launch(&early_launch));
   Flags flags;
   WD_TRY(flags_for(&flags, s, args.scratch, {row_blocks, (int32_t)list_splits(s), Sizes::kRoutes}, handover));
   return launch_shared<gate_up_grouped<T, Neurons, Sizes>>(
       "gate_up_grouped", dim3(row_blocks, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
-      Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, early_launch, args,
-      is_plain(args), lists, flags);
+      Sizes::template ring_bytes<typename Neurons::Rows>(1) + searched_bytes(s), stream, true, args, is_plain(args),
+      lists, flags);
 }
 
 // Rings as deep as two to five blocks an SM leave room for; GPUs with 99 KB for a block have shorter ones.

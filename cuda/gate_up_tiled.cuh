@@ -142,16 +142,20 @@ __global__ void __launch_bounds__(Sizes::kBoundThreads, 1)
 #endif
 }
 
+inline int units_of(const wd_gate_up_args &args) {
+  const int neurons = args.gating.has_up ? kUnitRows / 2 : kUnitRows;
+  return (args.shape.intermediate + neurons - 1) / neurons;
+}
+
 template <class T, class Sizes, class Columns>
 wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, const typename Columns::Source &columns,
                          wd_cuda_handover *handover, cudaStream_t stream) {
   using Op = GateUp<T, Columns>;
   const wd_moe_shape &s = args.shape;
   const bool has_up = args.gating.has_up;
-  const int unit_neurons = has_up ? Op::kBoxRows : kUnitRows;
   const int64_t expert_rows = args.gate.expert_stride / args.gate.row_stride, last = (s.experts - 1) * expert_rows;
   TiledPlan plan = {};
-  plan.units = (s.intermediate + unit_neurons - 1) / unit_neurons;
+  plan.units = units_of(args);
   plan.expert_rows = (int)expert_rows;
   plan.lists = lists, plan.taken = lists.taken;
   plan.guesses = meets_by_expert(s);
@@ -163,7 +167,7 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
                          Op::kBoxRows));
   }
   dim3 grid;
-  WD_TRY(tiled_grid(&grid, &plan, s, Sizes::kColumns));
+  WD_TRY(tiled_grid<Sizes>(&grid, &plan, s, Sizes::kColumns));
   if (told) *handover = {plan.units, 1, plan.most};
   return launch_shared<gate_up_tiled_kernel<T, Sizes, Columns>>(
       "gate_up_tiled", grid, dim3(kTiledThreads), sizeof(TiledShared<Sizes>), stream, true, args, plan, row_maps,
@@ -185,8 +189,12 @@ wd_status gate_up_tiled_of(const wd_gate_up_args &args, const RouteLists &lists,
                : launch_gate_up<T, ManyRoutes, TokenColumns<ManyRoutes>>(args, lists, columns, handover, stream);
   CUtensorMap map;
   WD_TRY(describe_columns(&map, columns, s.hidden, wd_column_groups(&s), few ? FewRoutes::kBox : ManyRoutes::kBox));
-  return few ? launch_gate_up<T, FewRoutes, BoxedColumns<FewRoutes, 1>>(args, lists, map, handover, stream)
-             : launch_gate_up<T, ManyRoutes, BoxedColumns<ManyRoutes, 1>>(args, lists, map, handover, stream);
+  const auto launch = [&](auto sizes) {
+    using Sizes = decltype(sizes);
+    return launch_gate_up<T, Sizes, BoxedColumns<Sizes, 1>>(args, lists, map, handover, stream);
+  };
+  return few ? choose_units<FewRoutes>(s, units_of(args), 1, launch)
+             : choose_units<ManyRoutes>(s, units_of(args), 1, launch);
 }
 
 } // namespace wd

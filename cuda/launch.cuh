@@ -3,6 +3,7 @@
 #include "../src/args.h"
 #include "../src/check.h"
 #include "../src/cuda.h"
+#include "device.cuh"
 #include <atomic>
 #include <cuda_runtime.h>
 
@@ -16,15 +17,17 @@ wd_status cuda_failed(cudaError_t error, const char *what); // sets the sentence
     if (wd_cuda_error != cudaSuccess) return ::wd::cuda_failed(wd_cuda_error, #call);                                  \
   } while (0)
 
-// dependent: programmatic dependent launch - the kernel may start before the one before it has ended, and before it
-// touches anything that one writes it calls wait_for_previous_grid(), or, down, sees that the blocks which write it are
-// through (flags.cuh, meet() of tiled_streams.cuh). The first kernel of a call (but down's, called alone, where it
-// needs no lists) starts so behind whatever its stream has before it: it waits at once, and only then lets the next one
-// in, so that none of a call's kernels touches anything, weights and scratch neither, before all that was enqueued
-// before the call has ended.
+// dependent: programmatic dependent launch, where the device serves it - the kernel may start before the one before it
+// has ended, and before it touches anything that one writes it calls wait_for_previous_grid(), or, down, sees that the
+// blocks which write it are through (flags.cuh, meet() of tiled_streams.cuh). The first kernel of a call (but down's,
+// called alone, where it needs no lists) starts so behind whatever its stream has before it: it waits at once, and only
+// then lets the next one in, so that none of a call's kernels touches anything, weights and scratch neither, before all
+// that was enqueued before the call has ended.
 template <class... Parameters, class... Arguments>
 wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t stream, bool dependent, Arguments... arguments) {
+  bool early = false;
+  if (dependent) WD_TRY(serves_dependent_launch(&early));
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -34,7 +37,7 @@ wd_status launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.numAttrs = early ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   return error == cudaSuccess ? WD_OK : cuda_failed(error, name);
 }

@@ -161,11 +161,9 @@ wd_status sort_routes(const wd_moe_shape &s, const void *ids, void *scratch, con
   const Tokens tokens = {hidden_states, columns, s.hidden};
   const int64_t runs = (s.tokens * s.top_k + 31) / 32, chunks = hidden_states ? s.tokens * chunks_of(s.hidden) : 0;
   int threads;
-  bool early_launch;
   WD_TRY(sort_threads(&threads, s, runs));
-  WD_TRY(serves_dependent_launch(&early_launch));
   return launch_shared<sort_by_expert>("sort_by_expert", dim3((unsigned)(s.experts + (chunks + threads - 1) / threads)),
-                                       dim3(threads), (size_t)runs * sizeof(uint32_t), stream, early_launch, s, ids,
+                                       dim3(threads), (size_t)runs * sizeof(uint32_t), stream, true, s, ids,
                                        lists.taken, lists.served, (int32_t *)lists.offsets, (int32_t *)lists.routes,
                                        tokens);
 }

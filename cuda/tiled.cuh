@@ -5,18 +5,20 @@
 // the order that wgmma then expects (columns.cuh): the same products in the same order, so the same bits.
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
-// expert, a unit for each warpgroup (or one alone: the other then multiplies for nothing), up to COLUMNS / PARTS
+// expert, a unit for each warpgroup or, where units are few, one for both (choose_units), up to COLUMNS / PARTS
 // routes. Blocks stay and take item after item, so that an item's first steps are on their way while the one before is
 // finished; they take what is next, because multiprocessors differ in speed by an eighth (as many as share a path to
 // the L2 cache). Which block computes a row changes no bit.
 #pragma once
 #include "tiled_streams.cuh"
+#include <type_traits>
 
 namespace wd {
 
 // The steps of one item, as the stages come. Rows are read while products before them run: those of a step, or where
 // the sums leave no room in the registers, of a chunk.
 template <class T, class Sizes, class Op> struct Multiplier {
+  static constexpr int kHalves = Sizes::kHalves;
   TiledShared<Sizes> &shared;
   const RowReader<Sizes, Op> rows;
   const int chunks;
@@ -27,7 +29,7 @@ template <class T, class Sizes, class Op> struct Multiplier {
       : shared(shared), rows(shared), chunks(chunks) {
   }
   static __device__ __forceinline__ int unit() {
-    return threadIdx.x / kWarpgroup;
+    return Sizes::kUnits == 1 ? 0 : threadIdx.x / kWarpgroup;
   }
   // The next item: it is there when the rows of its first step are.
   __device__ __forceinline__ Item item(int number) const {
@@ -37,7 +39,7 @@ template <class T, class Sizes, class Op> struct Multiplier {
   __device__ __forceinline__ void await_rows() const {
     barrier_wait(&shared.rows_full[row_place.stage()][unit()], row_place.parity());
   }
-  __device__ __forceinline__ void read_chunk(uint4 (&a)[2][2], int chunk) const {
+  __device__ __forceinline__ void read_chunk(uint4 (&a)[kHalves][2], int chunk) const {
     rows.read(a, row_place.stage(), chunk);
   }
   // Behind the start of products of a step's last rows: only then have they come to the registers.
@@ -55,7 +57,7 @@ template <class T, class Sizes, class Op> struct Multiplier {
     return here;
   }
   // All of the next step; returns the stage of its columns.
-  __device__ __forceinline__ int read(uint4 (&a)[2][2][2]) {
+  __device__ __forceinline__ int read(uint4 (&a)[2][kHalves][2]) {
     const int here = await_columns();
     await_rows();
     read_chunk(a[0], 0), read_chunk(a[1], 1);
@@ -67,20 +69,22 @@ template <class T, class Sizes, class Op> struct Multiplier {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.columns_empty[here]);
   }
   template <int TILES>
-  __device__ __forceinline__ void multiply_chunk(float (&c)[2][TILES][4], const uint4 (&a)[2][2], int here, int chunk) {
+  __device__ __forceinline__ void multiply_chunk(float (&c)[kHalves][TILES][4], const uint4 (&a)[kHalves][2], int here,
+                                                 int chunk) {
     const uint32_t columns = shared_address(shared.columns[here]) + 4 * chunk * kMatrixBytes;
     const uint64_t first = columns_descriptor(columns, kMatrixBytes, kGroupStepBytes);
     const uint64_t second = columns_descriptor(columns + 2 * kMatrixBytes, kMatrixBytes, kGroupStepBytes);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < kHalves; half++)
       Wgmma<T, TILES>::multiply(c[half], a[half][0].x, a[half][1].x, a[half][0].y, a[half][1].y, first);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < kHalves; half++)
       Wgmma<T, TILES>::multiply(c[half], a[half][0].z, a[half][1].z, a[half][0].w, a[half][1].w, second);
   }
   // Starts products of a step's chunks [first, first + COUNT); a: their rows, here: the stage of their columns.
   template <int COUNT, int TILES>
-  __device__ __forceinline__ void start(float (&c)[2][TILES][4], const uint4 (&a)[2][2][2], int here, int first = 0) {
+  __device__ __forceinline__ void start(float (&c)[kHalves][TILES][4], const uint4 (&a)[2][kHalves][2], int here,
+                                        int first = 0) {
     wgmma_fence();
 #pragma unroll
     for (int chunk = 0; chunk < COUNT; chunk++)
@@ -88,8 +92,8 @@ template <class T, class Sizes, class Op> struct Multiplier {
     wgmma_commit();
   }
   // c[half][tile] += rows . columns
-  template <int TILES> __device__ __forceinline__ void multiply_steps(float (&c)[2][TILES][4]) {
-    uint4 even[2][2][2], odd[2][2][2];
+  template <int TILES> __device__ __forceinline__ void multiply_steps(float (&c)[kHalves][TILES][4]) {
+    uint4 even[2][kHalves][2], odd[2][kHalves][2];
     int here = read(even), there = 0;
     int left = chunks; // of which two, or at the end one, are in the registers
     for (; left > 4; left -= 4) {
@@ -118,8 +122,8 @@ template <class T, class Sizes, class Op> struct Multiplier {
       end_rows(), end(here);
     }
   }
-  template <int TILES> __device__ __forceinline__ void multiply_chunks(float (&c)[2][TILES][4]) {
-    uint4 a[2][2][2]; // of a step, its second chunk or the first one of the next
+  template <int TILES> __device__ __forceinline__ void multiply_chunks(float (&c)[kHalves][TILES][4]) {
+    uint4 a[2][kHalves][2]; // of a step, its second chunk or the first one of the next
     int here = await_columns();
     await_rows();
     read_chunk(a[0], 0);
@@ -144,15 +148,15 @@ template <class T, class Sizes, class Op> struct Multiplier {
     end_rows(), end(here);
   }
   // c[half][tile] = rows . columns
-  template <int TILES> __device__ __forceinline__ void multiply(float (&c)[2][TILES][4]) {
+  template <int TILES> __device__ __forceinline__ void multiply(float (&c)[kHalves][TILES][4]) {
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < kHalves; half++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
           c[half][tile][i] = 0.0f;
-    if constexpr (TILES > 16) {
+    if constexpr (kHalves * TILES > 32) {
       wgmma_results(c); // zeros now, not between products: ptxas would have them run one by one
       multiply_chunks(c);
     } else {
@@ -166,6 +170,28 @@ template <class T, class Sizes, class Op> struct Multiplier {
 // places in the code: bar.sync would promise that they do not.
 __device__ __forceinline__ void meet_in_item() {
   asm volatile("barrier.sync 1, %0;" ::"n"(kMultiplyingThreads + 32) : "memory");
+}
+
+// One unit alone: the sums of both halves of its rows, for the first warpgroup; for the other false. Behind
+// meet_in_item(), to which the first one comes only when it has read those of the item before.
+template <class Sizes, int TILES>
+__device__ __forceinline__ bool join_halves(float (&both)[2][TILES][4], const float (&own)[TILES][4],
+                                            TiledShared<Sizes> &shared) {
+  const bool first = threadIdx.x < kWarpgroup;
+  const auto place = [&](int tile) { return &shared.joined[tile * kWarpgroup + threadIdx.x % kWarpgroup]; };
+#pragma unroll
+  for (int tile = 0; tile < TILES && !first; tile++)
+    *place(tile) = make_float4(own[tile][0], own[tile][1], own[tile][2], own[tile][3]);
+  asm volatile("barrier.sync 2, %0;" ::"n"(kMultiplyingThreads) : "memory");
+#pragma unroll
+  for (int tile = 0; tile < TILES && first; tile++) {
+    const float4 other = *place(tile);
+    both[1][tile][0] = other.x, both[1][tile][1] = other.y, both[1][tile][2] = other.z, both[1][tile][3] = other.w;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      both[0][tile][i] = own[tile][i];
+  }
+  return first;
 }
 
 // The multiplying warps: item after item.
@@ -184,30 +210,36 @@ __device__ __forceinline__ void multiply_items(const Op &op, const TiledPlan &pl
       multiplier.multiply(c);
       meet_in_item();                                   // the routes have been noted
       const Item ended = shared.items[number % kItems]; // read again: registers are short in between
-      if (group < ended.units) op.finish(c, ended, ended.unit + group, warp, lane, shared.routes[number % 2]);
+      const int32_t *const routes = shared.routes[number % 2];
+      if constexpr (Sizes::kHalves == 2) {
+        if (group < ended.units) op.finish(c, ended, ended.unit + group, warp, lane, routes);
+      } else {
+        float both[2][std::extent_v<std::remove_reference_t<decltype(c)>, 1>][4];
+        if (join_halves(both, c[0], shared)) op.finish(both, ended, ended.unit, warp, lane, routes);
+      }
     };
     if (Sizes::kColumns > 64 && columns > 64) {
       if (Sizes::kColumns > 128 && columns > 128) {
-        float c[2][Sizes::kColumns > 128 ? 20 : 2][4];
+        float c[Sizes::kHalves][Sizes::kColumns > 128 ? 20 : 2][4];
         serve(c);
       } else if (columns > 96) {
-        float c[2][Sizes::kColumns > 64 ? 16 : 2][4];
+        float c[Sizes::kHalves][Sizes::kColumns > 64 ? 16 : 2][4];
         serve(c);
       } else {
-        float c[2][Sizes::kColumns > 64 ? 12 : 2][4];
+        float c[Sizes::kHalves][Sizes::kColumns > 64 ? 12 : 2][4];
         serve(c);
       }
     } else if (columns > 32) {
-      float c[2][8][4];
+      float c[Sizes::kHalves][8][4];
       serve(c);
     } else if (columns > 16) {
-      float c[2][4][4];
+      float c[Sizes::kHalves][4][4];
       serve(c);
     } else if (Op::kParts > 1 || columns > 8) {
-      float c[2][2][4];
+      float c[Sizes::kHalves][2][4];
       serve(c);
     } else {
-      float c[2][1][4];
+      float c[Sizes::kHalves][1][4];
       serve(c);
     }
   }
@@ -244,6 +276,7 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
                                       const typename Op::Columns::Source &columns) {
   using Columns = typename Op::Columns;
   extern __shared__ __align__(1024) uint8_t memory[];
+  static_assert(sizeof(TiledShared<Sizes>) <= 227 << 10);
   TiledShared<Sizes> &shared = *(TiledShared<Sizes> *)memory;
   const RowBringer<Sizes, Op> row_bringer = {op, s, plan, rows, shared};
   const int warp = threadIdx.x / 32 - kMultiplyingThreads / 32; // of those that multiply nothing

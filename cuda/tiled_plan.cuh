@@ -10,8 +10,8 @@
 namespace wd {
 
 constexpr int kWarpgroup = 128, kUnitRows = 128;
-constexpr int kUnits = 2; // of a block: a warpgroup multiplies one
-constexpr int kMultiplyingThreads = kUnits * kWarpgroup;
+constexpr int kWarpgroups = 2; // that multiply
+constexpr int kMultiplyingThreads = kWarpgroups * kWarpgroup;
 // One more warpgroup, since registers change hands between warpgroups: a warp has rows brought, one columns, and one
 // notes what the items are.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
@@ -24,10 +24,23 @@ constexpr int kTiledMaxExperts = WD_CUDA_TILED_MAX_EXPERTS;
 // time).
 constexpr int kStepsTogether = 2;
 
-// COLUMNS: at a time. ROW_STAGES, COLUMN_STAGES: steps of rows, and of columns, on their way or ready. BOX: groups of
-// columns brought at once.
-template <int COLUMNS, int ROW_STAGES, int COLUMN_STAGES, int BOX> struct TiledSizes {
-  static constexpr int kColumns = COLUMNS, kRowStages = ROW_STAGES, kColumnStages = COLUMN_STAGES, kBox = BOX;
+// Bytes of shared memory for rows, columns and sums; TiledShared has some more, and must not pass 227 KB.
+constexpr int kRoom = 220 << 10;
+
+// COLUMNS: at a time. COLUMN_STAGES: steps of columns on their way or ready. BOX: groups of columns brought at once.
+// UNITS: of an item. A warpgroup multiplies one; of one alone each warpgroup multiplies half of the rows (row(.., half,
+// ..) of Op), since a step takes as long as a warpgroup reads and multiplies it.
+template <int COLUMNS, int COLUMN_STAGES, int BOX, int UNITS = kWarpgroups> struct TiledSizes {
+  static constexpr int kColumns = COLUMNS, kColumnStages = COLUMN_STAGES, kBox = BOX, kUnits = UNITS;
+  using OfOneUnit = TiledSizes<COLUMNS, COLUMN_STAGES, BOX, 1>;
+  // Of a unit's rows (each half 64 of the 128), a warpgroup's.
+  static constexpr int kHalves = 2 * UNITS / kWarpgroups;
+  // Tiles of columns (8) whose sums go from one warpgroup to the other.
+  static constexpr int kJoinedTiles = kHalves == 1 ? COLUMNS / 8 : 0;
+  // Steps of rows on their way or ready: as many as there is room for.
+  static constexpr int kRowStages =
+      (kRoom - COLUMN_STAGES * COLUMNS / kGroup * kGroupStepBytes - kJoinedTiles * kWarpgroup * (int)sizeof(float4)) /
+      (UNITS * kUnitBytes);
   // Of an item that has not all of its expert's routes: more columns take longer, and save a second reading of the rows
   // only where they are all.
   static constexpr int kPartColumns = COLUMNS < 128 ? COLUMNS : 128;
@@ -37,20 +50,19 @@ template <int COLUMNS, int ROW_STAGES, int COLUMN_STAGES, int BOX> struct TiledS
   // For __launch_bounds__: how many threads would take all registers. Few columns leave a quarter of them to the grid
   // before, beside which a block then begins.
   static constexpr int kBoundThreads = COLUMNS > 64 ? kTiledThreads : 512;
-  static_assert(kUnits * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kBoundThreads / 8 * 8));
+  static_assert(kWarpgroups * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kBoundThreads / 8 * 8));
 };
-using FewRoutes = TiledSizes<64, 5, 5, 2>;
-using ManyRoutes = TiledSizes<128, 4, 4, 4>;
+using FewRoutes = TiledSizes<64, 5, 2>;
+using ManyRoutes = TiledSizes<128, 4, 4>;
 // For down, where a route has two columns, up to so many: Mixtral-8x7B has 64 +- 7 routes an expert at T = 256, and
 // with 64 at a time half of its experts were read twice (835 us, 736 so). At 80 on average half of the experts have
 // more than fit here, too, and it takes 4% longer.
 constexpr int kSomeRoutes = 72;
-using SomeRoutes = TiledSizes<160, 4, 4, 4>;
+using SomeRoutes = TiledSizes<160, 4, 4>;
 
 // What the items of a call are cut from.
 struct TiledPlan {
   int units;        // of an expert
-  int together;     // units of an item: kUnits, or 1 where those all run at once
   int most;         // routes of an item: what fits, or fewer where there would be few items
   int tiles;        // items that share an expert's rows, were all experts asked for alike: for a guess
   int expert_rows;  // from an expert's first row to the next one's, in the matrices that the boxes come from
@@ -91,12 +103,19 @@ __device__ __forceinline__ int steps_of(int length) {
   return (length + kStep - 1) / kStep;
 }
 
-// The shared memory of a block, all of it.
+// Items that an expert's units make, for the same routes.
+template <class Sizes> __host__ __device__ __forceinline__ int blocks_of(int units) {
+  return (units + Sizes::kUnits - 1) / Sizes::kUnits;
+}
+
+// The shared memory of a block, all of it: at most 227 KB.
 template <class Sizes> struct TiledShared {
-  alignas(1024) uint8_t rows[Sizes::kRowStages][kUnits][kUnitBytes];
+  alignas(1024) uint8_t rows[Sizes::kRowStages][Sizes::kUnits][kUnitBytes];
   uint8_t columns[Sizes::kColumnStages][Sizes::kColumns / kGroup][kGroupStepBytes];
+  // Sums of one half of a unit's rows, on their way to the warpgroup that has the other.
+  float4 joined[Sizes::kJoinedTiles == 0 ? 1 : Sizes::kJoinedTiles * kWarpgroup];
   // Barriers. Each unit has rows of its own; both need the same columns.
-  uint64_t rows_full[Sizes::kRowStages][kUnits], rows_empty[Sizes::kRowStages][kUnits];
+  uint64_t rows_full[Sizes::kRowStages][Sizes::kUnits], rows_empty[Sizes::kRowStages][Sizes::kUnits];
   uint64_t columns_full[Sizes::kColumnStages], columns_empty[Sizes::kColumnStages];
   uint64_t known[kItems];                // that the item is there; the multiplying warps wait for its rows
   alignas(16) Item items[kItems];        // read 16 bytes at a time
@@ -124,9 +143,9 @@ template <class Sizes> __device__ __forceinline__ void init_barriers(TiledShared
   static_assert(Sizes::kRowStages + 4 <= kItems && Sizes::kColumnStages <= kItems);
   if (i >= 0 && i < kItems) {
     barrier_init(&shared.known[i], 1);
-    for (int unit = 0; unit < kUnits && i < Sizes::kRowStages; unit++) {
+    for (int unit = 0; unit < Sizes::kUnits && i < Sizes::kRowStages; unit++) {
       barrier_init(&shared.rows_full[i][unit], 1);
-      barrier_init(&shared.rows_empty[i][unit], kWarpgroup / 32);
+      barrier_init(&shared.rows_empty[i][unit], kMultiplyingThreads / 32 / Sizes::kUnits);
     }
     if (i < Sizes::kColumnStages) {
       barrier_init(&shared.columns_full[i], 1);
@@ -146,7 +165,7 @@ __device__ __forceinline__ void place_items(TiledShared<Sizes> &shared, const wd
     shared.offsets[e] = there ? __ldcg(plan.lists.offsets + e) : 0;
   __syncthreads();
   if (thread < 32) {
-    const int blocks = (plan.units + plan.together - 1) / plan.together;
+    const int blocks = blocks_of<Sizes>(plan.units);
     const int each = (s.experts + 31) / 32, first = min(thread * each, s.experts), last = min(first + each, s.experts);
     int own = 0, awaited = 0; // of the lane's experts
     for (int e = first; e < last; e++) {
@@ -169,12 +188,12 @@ __device__ __forceinline__ void place_items(TiledShared<Sizes> &shared, const wd
 }
 
 // The rows of the item at the block's position, were all experts asked for alike.
-__device__ __forceinline__ Item guessed_item(const wd_moe_shape &s, const TiledPlan &plan) {
-  const int blocks = (plan.units + plan.together - 1) / plan.together;
+template <class Sizes> __device__ __forceinline__ Item guessed_item(const wd_moe_shape &s, const TiledPlan &plan) {
+  const int blocks = blocks_of<Sizes>(plan.units);
   Item item = {};
   item.expert = blockIdx.x / (blocks * plan.tiles);
-  item.unit = blockIdx.x / plan.tiles % blocks * plan.together;
-  if (item.expert < s.experts) item.units = min(plan.together, plan.units - item.unit);
+  item.unit = blockIdx.x / plan.tiles % blocks * Sizes::kUnits;
+  if (item.expert < s.experts) item.units = min(Sizes::kUnits, plan.units - item.unit);
   item.policy = s.kept ? policy_for_once() : 0;
   return item;
 }
@@ -199,8 +218,8 @@ __device__ __forceinline__ Item item_at(int position, const TiledShared<Sizes> &
   const int share = ((count + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
   const int tile = local % tiles; // neighbours share rows, in L2 at once
   item.expert = low;
-  item.unit = local / tiles * plan.together;
-  item.units = min(plan.together, plan.units - item.unit);
+  item.unit = local / tiles * Sizes::kUnits;
+  item.units = min(Sizes::kUnits, plan.units - item.unit);
   item.policy = !s.kept ? 0 : tiles == 1 ? policy_for_once() : policy_as_usual();
   item.first = offset + tile * share;
   item.count = min(share, count - tile * share);
@@ -216,24 +235,37 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
   return columns <= 96 ? 96 : columns <= 128 ? 128 : 160;
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items. Where items of one unit all run
-// at once, an item has one; where they are half as many or fewer, only some of an expert's routes, too: its rows are
-// then read several times, from L2, side by side.
-inline wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
+// Calls launch(sizes) with items of one unit or of two, parts columns a route: one where, were all experts asked for
+// alike, blocks would take no more of them one after the other than of two. (Eight experts, H 6208, I 544 at T = 256:
+// 85.6 us with two, of which one warpgroup multiplied one, 73.9 so; but where blocks then take two instead of one, 16
+// experts, H 6720, I 624 at 64: 120.5 with two, 127.3 with one.)
+template <class Sizes, class Launch>
+wd_status choose_units(const wd_moe_shape &s, int units, int parts, Launch launch) {
+  using One = typename Sizes::OfOneUnit;
   int resident;
   WD_TRY(multiprocessors(&resident));
   const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
-  const auto items = [&](int together, int most) {
-    return (plan->units + together - 1) / together * (lists + routes / most);
+  const int64_t most = Sizes::kColumns / parts, alike = (routes + lists - 1) / lists;
+  const auto rounds = [&](int blocks) {
+    return (blocks * lists * ((alike + most - 1) / most) + resident - 1) / resident;
   };
-  plan->together = items(1, routes_per_item) <= resident ? 1 : kUnits;
+  return rounds(blocks_of<One>(units)) <= rounds(blocks_of<Sizes>(units)) ? launch(One()) : launch(Sizes());
+}
+
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Where the units are half as
+// many or fewer, an item has only some of an expert's routes: its rows are then read several times, from L2, side by
+// side.
+template <class Sizes> wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
+  int resident;
+  WD_TRY(multiprocessors(&resident));
+  const int64_t routes = s.tokens * s.top_k, lists = routes < s.experts ? routes : s.experts;
   plan->most = routes_per_item, plan->tiles = 1;
   const int64_t alike = (routes + lists - 1) / lists, tiles = resident / (plan->units * lists);
   if (alike <= routes_per_item && tiles > 1) {
     const int64_t most = ((alike + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup;
     if (most < routes_per_item) plan->most = (int)most, plan->tiles = (int)((alike + most - 1) / most);
   }
-  const int64_t total = items(plan->together, plan->most);
+  const int64_t total = blocks_of<Sizes>(plan->units) * (lists + routes / plan->most);
   *grid = dim3((unsigned)(total < resident ? total : resident));
   return WD_OK;
 }

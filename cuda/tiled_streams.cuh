@@ -116,19 +116,20 @@ template <class Sizes, class Op> struct RowBringer {
   // makes the lists or gathers by them, and in part 1, when it has, the others. All at once they were in the way of the
   // lists: OLMoE took 194.1 us at T = 128 (192.6 so), Qwen3-30B-A3B 270.8 at 64 (270.0).
   __device__ __forceinline__ void guess(int part) const {
-    const Item item = guessed_item(s, plan);
+    const Item item = guessed_item<Sizes>(s, plan);
     const int steps = guessed_steps();
     if (part == 0) {
       barrier_init(&shared.guessed, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       barrier_expect(&shared.guessed, item.units * steps * kUnitBytes);
     }
-    static_assert(Sizes::kRowStages < 3 * kStepsTogether);
-    const int step = part * kStepsTogether;
-    if (step >= steps) return;
+    constexpr int some = kStepsTogether * kWarpgroups / Sizes::kUnits; // 64 KB
+    const int end = part == 0 ? min(some, steps) : steps;
 #pragma unroll 1 // in part 1 the instructions are there
-    for (int unit = 0; unit < item.units; unit++)
-      bring(item, unit, step, min(kStepsTogether, steps - step), step, &shared.guessed, 0);
+    for (int step = part * some; step < end; step += kStepsTogether)
+#pragma unroll 1
+      for (int unit = 0; unit < item.units; unit++)
+        bring(item, unit, step, min(kStepsTogether, steps - step), step, &shared.guessed, 0);
   }
   __device__ __forceinline__ int guessed_steps() const {
     return min(steps_of(op.length()), Sizes::kRowStages / kStepsTogether * kStepsTogether);
@@ -136,11 +137,11 @@ template <class Sizes, class Op> struct RowBringer {
   // How many steps of that item are there already. Waits for its rows, wrong ones, too: then the stages are filled
   // again.
   __device__ __forceinline__ int guessed(const Item &item) const {
-    const Item guessed = guessed_item(s, plan);
+    const Item guessed = guessed_item<Sizes>(s, plan);
     barrier_wait(&shared.guessed, 0);
     if (guessed.expert != item.expert || guessed.unit != item.unit || guessed.units != item.units) return 0;
     for (int step = 0; step < guessed_steps(); step++)
-      for (int unit = 0; unit < kUnits; unit++)
+      for (int unit = 0; unit < Sizes::kUnits; unit++)
         barrier_arrive(&shared.rows_full[step][unit]);
     return guessed_steps();
   }
@@ -160,14 +161,14 @@ template <class Sizes, class Op> struct RowBringer {
       for (; step < steps; step += kStepsTogether) {
         const int count = min(kStepsTogether, steps - step);
         int end, end_round;
-        for (int unit = 0; unit < kUnits; unit++) {
+        for (int unit = 0; unit < Sizes::kUnits; unit++) {
           end = stage, end_round = round;
           for (int i = 0; i < count; i++) {
             barrier_wait(&shared.rows_empty[end][unit], end_round);
             barrier_expect(&shared.rows_full[end][unit], unit < item.units ? kUnitBytes : 0);
             if (++end == Sizes::kRowStages) end = 0, end_round ^= 1;
           }
-          if (unit < item.units) bring(item, unit, step, count, stage, &shared.rows_full[0][unit], kUnits);
+          if (unit < item.units) bring(item, unit, step, count, stage, &shared.rows_full[0][unit], Sizes::kUnits);
         }
         stage = end, round = end_round;
       }
@@ -175,7 +176,7 @@ template <class Sizes, class Op> struct RowBringer {
       publish(item, number);
       step = 0;
     }
-    for (int unit = 0; unit < kUnits; unit++) {
+    for (int unit = 0; unit < Sizes::kUnits; unit++) {
       barrier_wait(&shared.rows_empty[stage][unit], round);
       barrier_arrive(&shared.rows_full[stage][unit]); // that there is no item any more
     }
@@ -227,17 +228,19 @@ __device__ __forceinline__ void bring_columns(const Op &op, const wd_moe_shape &
 // permuted (tensor_map.cuh): piece p of row r is at p ^ r % 8. Lanes 0 to 7 read rows that differ in bit 2 (Op::row
 // sees to that), so they meet in no bank.
 template <class Sizes, class Op> struct RowReader {
-  uint32_t own; // row(warp, g, 0, 0)'s first piece in stage 0; the second chunk's is at ^ 64
+  uint32_t own; // the first piece of row(warp, g, first half, 0) in stage 0; the second chunk's is at ^ 64
   __device__ __forceinline__ explicit RowReader(TiledShared<Sizes> &shared) {
-    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, row = Op::row(warp, lane / 4, 0, 0);
-    own = shared_address(shared.rows[0][threadIdx.x / kWarpgroup]) + row * kStepBytes + (lane % 4 ^ row % 8) * 16;
+    const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    const int row = Op::row(warp, lane / 4, Sizes::kHalves == 1 ? group : 0, 0);
+    own =
+        shared_address(shared.rows[0][Sizes::kHalves == 1 ? 0 : group]) + row * kStepBytes + (lane % 4 ^ row % 8) * 16;
   }
-  // a[half][high], of a chunk of the step. row(warp, g, half, high) is `behind` rows behind row(warp, g, 0, 0), and no
-  // bit of row % 8 is set in both, so that ^ does what + does.
-  __device__ __forceinline__ void read(uint4 (&a)[2][2], int stage, int chunk) const {
-    const uint32_t here = own + stage * (kUnits * kUnitBytes);
+  // a[half][high], of a chunk of the step. row(warp, g, half, high) is `behind` rows behind that row, and no bit of
+  // row % 8 is set in both, so that ^ does what + does.
+  __device__ __forceinline__ void read(uint4 (&a)[Sizes::kHalves][2], int stage, int chunk) const {
+    const uint32_t here = own + stage * (Sizes::kUnits * kUnitBytes);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < Sizes::kHalves; half++)
 #pragma unroll
       for (int high = 0; high < 2; high++) {
         const int behind = Op::row(0, 0, half, high);

@@ -58,9 +58,9 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Behind wgmma_wait(): what is computed of the sums stays behind it, too.
-template <int TILES> __device__ __forceinline__ void wgmma_results(float (&c)[2][TILES][4]) {
+template <int HALVES, int TILES> __device__ __forceinline__ void wgmma_results(float (&c)[HALVES][TILES][4]) {
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+  for (int half = 0; half < HALVES; half++)
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll

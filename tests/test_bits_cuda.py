@@ -211,8 +211,9 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("hidden", "intermediate"),  # one chunk, a step, half a step more; many; so many that items share no rows
-    [(328, 24), (328, 64), (328, 72), (328, 424), (328, 480), (1160, 600)],
+    # one chunk, a step, half a step more; many; so many that items share no rows; that items have two units
+    ("hidden", "intermediate"),
+    [(328, 24), (328, 64), (328, 72), (328, 424), (328, 480), (1160, 600), (4424, 72), (136, 1160)],
 )
 @pytest.mark.parametrize(
     "lengths",  # few routes an expert to many: items of down and gate_up end at 32 and 64, 80 and 64 or 128, 64 and 128
@@ -245,6 +246,25 @@ def test_items_that_share_the_rows_of_few_experts(cuda, experts, hidden, interme
     layer = make_layer(experts, hidden, intermediate, torch.bfloat16, cuda)
     inputs = make_tokens(layer, tokens, 2, seed=tokens, routing=routing)
     assert_same_bits(layer, inputs, "cuda_tiled", "cuda_grouped")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routes", [6, 8, 20, 33, 50, 72, 90, 140])  # an expert
+@pytest.mark.parametrize(
+    ("experts", "hidden", "intermediate"),  # long rows; long rows of down; as many items as blocks take in two rounds
+    [(8, 4872, 336), (8, 1736, 2056), (5, 72, 968), (200, 128, 64)],
+)
+def test_items_of_one_unit(cuda, experts, hidden, intermediate, routes, dtype):
+    """Both warpgroups of tiled multiply one unit where units are few: the layer, and each kernel alone."""
+    layer = make_layer(experts, hidden, intermediate, dtype, cuda)
+    x, ids, weights = make_tokens(layer, experts * routes // 2, 2, seed=routes)
+    tiled, grouped = experts_of(layer, "cuda_tiled"), experts_of(layer, "cuda_grouped")
+    for tokens in (x.shape[0], x.shape[0] - 1):
+        inputs = x[:tokens], ids[:tokens], weights[:tokens]
+        assert torch.equal(tiled(*inputs, out=poison(torch.empty_like(inputs[0]))), grouped(*inputs))
+    middle = warpdecode.moe_gate_up_3d_batched(tiled, x, ids)
+    assert torch.equal(middle, warpdecode.moe_gate_up_3d_batched(grouped, x, ids))
+    assert torch.equal(*(warpdecode.moe_down_3d_batched(call, middle, ids, weights) for call in (tiled, grouped)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

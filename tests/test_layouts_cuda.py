@@ -70,6 +70,23 @@ def test_gates_are_close_to_fp64(cuda, gate, weight_on_input):
                 assert all(torch.equal(outputs[0], other) for other in outputs[1:]), (dtype, bias_dtype, tokens)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tokens", [30, 90, 180])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(72, 3464), (4360, 72)])
+def test_gates_of_items_of_two_units(cuda, hidden, intermediate, tokens, gate):
+    """More units than multiprocessors: a warpgroup of tiled multiplies one; in the shapes above both do."""
+    properties = {**GATES[gate], "weight_on_input": tokens == 90}
+    has_gate = properties.pop("has_gate", True)
+    parts = draw_parts(5, hidden, intermediate, torch.bfloat16, has_gate=has_gate, bias_dtype=torch.float32)
+    call = draw_tokens(parts, tokens, 3, seed=tokens)
+    expected = layouts.exact(parts, *call, **properties)
+    kernels = [kernel for kernel in kernels_for("standard") if kernel != "cuda_direct"]
+    parts = parts.to(cuda)
+    outputs = [describe(parts, "standard", kernel, **properties)(*on_cuda(call)) for kernel in kernels]
+    assert relative_error(outputs[0].cpu(), expected) <= error_bound(expected, torch.bfloat16)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
 @pytest.mark.parametrize("layout", ["standard", "transposed"])
 def test_sixteen_slots(cuda, layout):
     """The most that direct has: its rings must fit into a block's shared memory, those of long lines too."""
