@@ -16,7 +16,7 @@ namespace wd {
 
 // For calls of up to so many routes: longer ones do not need them. And a block serves so many neurons or more.
 constexpr int kFlaggedRoutes = 1024;
-constexpr int kFlagNeurons = 32;
+constexpr int kFlagNeurons = 16;
 inline size_t flags_bytes(const wd_moe_shape &s) {
   if (s.tokens * s.top_k > kFlaggedRoutes) return 0;
   const size_t blocks = (size_t)serving_blocks(s) * list_splits(s);

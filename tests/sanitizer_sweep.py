@@ -19,6 +19,7 @@ CASES = (  # E, K, H, I, T, routing: decode, odd sizes, lists sorted in memory, 
     (4, 2, 64, 32, 1100, "out of range"),
     (3, 2, 136, 152, 130, "out of range"),
     (6, 2, 40, 4000, 6, "out of range"),  # more blocks than run at once: down of grouped meets those of gate_up
+    (6, 3, 40, 4000, 8, "uniform"),  # large blocks of grouped's gate_up, which are many here
     (2, 2, 72, 104, 68, "uniform"),  # few experts: tiled's items share their rows
     (34, 2, 136, 104, 1156, "uniform"),  # 68 routes an expert, in one item of tiled's down
     (64, 4, 2112, 128, 24, "uniform"),  # blocks of grouped's down that fill the GPU more than twice
