@@ -148,15 +148,16 @@ wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lis
     return launch_grouped<T, Wide, GroupedSizes<4, 1, 3>>(args, lists, handover, stream);
   }
   if (!routes_an_expert(s, 12)) return launch_grouped<T, Narrow, GroupedSizes<8, 4, 4>>(args, lists, handover, stream);
-  // Where not every multiprocessor would have such a block, small ones (eight experts of three, H 4864, I 336 at T = 8:
-  // 39.9 us with large ones, 34.0 so).
+  // Where not every multiprocessor would have a large block, small ones (E 8, K 3, H 4864, I 336 at T = 8: 39.9 us with
+  // large ones, 34.0 so).
+  using Large = GroupedSizes<8, 2, 3>;
   int sms;
   WD_TRY(multiprocessors(&sms));
-  if ((warps_of_expert<Wide>(args) + 7) / 8 * (int64_t)serving_blocks(s) < sms)
-    return launch_grouped<T, Wide, GroupedSizes<2, 2, 3>>(args, lists, handover, stream);
+  const int64_t large = (warps_of_expert<Wide>(args) + Large::kWarps - 1) / Large::kWarps * (int64_t)serving_blocks(s);
+  if (large < sms) return launch_grouped<T, Wide, GroupedSizes<2, 2, 3>>(args, lists, handover, stream);
   bool deep;
-  WD_TRY((has_room<GroupedSizes<8, 2, 3>, typename Wide::Rows>(&deep, s, 1)));
-  if (deep) return launch_grouped<T, Wide, GroupedSizes<8, 2, 3>>(args, lists, handover, stream);
+  WD_TRY((has_room<Large, typename Wide::Rows>(&deep, s, 1)));
+  if (deep) return launch_grouped<T, Wide, Large>(args, lists, handover, stream);
   return launch_grouped<T, Narrow, GroupedSizes<8, 2, 5>>(args, lists, handover, stream);
 }
 

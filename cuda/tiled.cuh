@@ -1,14 +1,15 @@
 // tiled.cuh - the schedule for several tokens an expert (sm_90a): wgmma, rows and columns through shared memory.
 //
-// A block multiplies 128 rows of one expert (a unit) a warpgroup with up to COLUMNS columns; both come by themselves
+// A block multiplies 128 rows of one expert (a unit) or two with up to COLUMNS columns; both come by themselves
 // (tiled_streams.cuh). Lanes hold the same 16 bytes of a row as in common.cuh, and the columns come with their words in
 // the order that wgmma then expects (columns.cuh): the same products in the same order, so the same bits.
 //
 // A column is a row of `length` values: a token's hidden state, or one part of a route's intermediate. An item is one
-// expert, a unit for each warpgroup or, where units are few, one for both (choose_units), up to COLUMNS / PARTS
-// routes. Blocks stay and take item after item, so that an item's first steps are on their way while the one before is
-// finished; they take what is next, because multiprocessors differ in speed by an eighth (as many as share a path to
-// the L2 cache). Which block computes a row changes no bit.
+// expert, a unit for each of two warpgroups (of the last of an odd number the second multiplies for nothing) or, where
+// units are few, one for both (choose_units), up to COLUMNS / PARTS routes. Blocks stay and take item after item, so
+// that an item's first steps are on their way while the one before is finished; they take what is next, because
+// multiprocessors differ in speed by an eighth (as many as share a path to the L2 cache). Which block computes a row
+// changes no bit.
 #pragma once
 #include "tiled_multiply.cuh"
 #include "tiled_streams.cuh"

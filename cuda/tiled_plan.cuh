@@ -236,9 +236,9 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
 }
 
 // Calls launch(sizes) with items of one unit or of two, parts columns a route: one where, were all experts asked for
-// alike, blocks would take no more of them one after the other than of two. (Eight experts, H 6208, I 544 at T = 256:
-// 85.6 us with two, of which one warpgroup multiplied one, 73.9 so; but where blocks then take two instead of one, 16
-// experts, H 6720, I 624 at 64: 120.5 with two, 127.3 with one.)
+// alike, blocks would take no more of them one after the other than of two. (E 8, K 1, H 6208, I 544 at T = 256: 85.6
+// us where one warpgroup multiplied a unit alone, 73.9 so. But E 16, K 3, H 6720, I 624 at 64, where blocks then take
+// two items instead of one: 120.5 with items of two units, 127.3 of one.)
 template <class Sizes, class Launch>
 wd_status choose_units(const wd_moe_shape &s, int units, int parts, Launch launch) {
   using One = typename Sizes::OfOneUnit;
@@ -252,9 +252,9 @@ wd_status choose_units(const wd_moe_shape &s, int units, int parts, Launch launc
   return rounds(blocks_of<One>(units)) <= rounds(blocks_of<Sizes>(units)) ? launch(One()) : launch(Sizes());
 }
 
-// Blocks that stay and take item after item; fewer where there cannot be as many items. Where the units are half as
-// many or fewer, an item has only some of an expert's routes: its rows are then read several times, from L2, side by
-// side.
+// Blocks that stay and take item after item; fewer where there cannot be as many items. Where all experts' units are
+// half as many as those that run at once, or fewer, an item has only some of an expert's routes: its rows are then read
+// several times, from L2, side by side.
 template <class Sizes> wd_status tiled_grid(dim3 *grid, TiledPlan *plan, const wd_moe_shape &s, int routes_per_item) {
   int resident;
   WD_TRY(multiprocessors(&resident));

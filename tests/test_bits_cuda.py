@@ -251,11 +251,11 @@ def test_items_that_share_the_rows_of_few_experts(cuda, experts, hidden, interme
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routes", [6, 8, 20, 33, 50, 72, 90, 140])  # an expert
 @pytest.mark.parametrize(
-    ("experts", "hidden", "intermediate"),  # long rows; long rows of down; as many items as blocks take in two rounds
+    ("experts", "hidden", "intermediate"),  # long rows of gate_up, of down; short ones; items of two rounds
     [(8, 4872, 336), (8, 1736, 2056), (5, 72, 968), (200, 128, 64)],
 )
 def test_items_of_one_unit(cuda, experts, hidden, intermediate, routes, dtype):
-    """Both warpgroups of tiled multiply one unit where units are few: the layer, and each kernel alone."""
+    """Both warpgroups of tiled multiply one unit where units are few, as gate_up's are here: layer and kernels."""
     layer = make_layer(experts, hidden, intermediate, dtype, cuda)
     x, ids, weights = make_tokens(layer, experts * routes // 2, 2, seed=routes)
     tiled, grouped = experts_of(layer, "cuda_tiled"), experts_of(layer, "cuda_grouped")
