@@ -34,7 +34,7 @@ CASES = (  # E, K, H, I, T, routing: decode, odd sizes, lists sorted in memory, 
 
 
 def main():
-    """Runs every case on every kernel (direct up to 40 tokens) and checks that they agree, so that it cannot do nothing."""
+    """Runs every case on every kernel (direct up to 40 tokens) and sees that they agree, so that it does something."""
     runs = 0
     kernels = [kernel.name for kernel in warpdecode.kernels() if kernel.device == "cuda" and kernel.usable]
     for experts, top_k, hidden, intermediate, tokens, routing in CASES:
