@@ -19,7 +19,7 @@ TOKENS = [1, 8, 100]  # all blocks of direct at once; grouped with a search in e
 def test_behind_a_kernel_that_lets_others_in(cuda, kernel, tokens, written):
     """gate_up of another layer writes what the call reads, and allows the next grid long before its end.
 
-    Fewer routes than experts at 8 tokens, and so many neurons that grouped's down waits by expert (flags.cuh).
+    Fewer routes than experts up to 8 tokens, and so many neurons that grouped's down waits by expert (flags.cuh).
     """
     before = make_layer(16, 8192, 512, torch.bfloat16, cuda)
     layer = make_layer(40, 1024, 1024, torch.bfloat16, cuda, seed=1)
