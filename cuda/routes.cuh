@@ -35,8 +35,8 @@ constexpr int kFewRoutes = 24;
 // Whether columns of tiled's gate_up are tokens (columns.cuh): nothing is gathered, which Qwen3-30B-A3B at T = 128 took
 // 9 of 288 us for, 16 of 307 at 256. One warp brings them. More than 48 routes an expert it cannot bring as fast as the
 // rows come (Mixtral-8x7B at T = 256: 13% longer), and from 24 on it pays only where gathering is much (OLMoE at 256:
-// 5% less; Mixtral at 128: 4% more). And there must be two items a block or more (an item has 128 neurons), so that
-// memory is what limits, not the warp (16 experts, H 5632, I 624 at T = 64: 20% longer).
+// 5% less; Mixtral at 128: 4% more). And there must be about two items a block (an item has 128 neurons, 256 where
+// there is no up), so that memory is what limits, not the warp (16 experts, H 5632, I 624 at T = 64: 20% longer).
 constexpr int kGatheredRoutes = 1024;
 inline bool columns_are_tokens(const wd_moe_shape &s) {
   const int64_t routes = s.tokens * s.top_k;

@@ -4,7 +4,8 @@
 
 namespace wd {
 
-// Columns that lie in memory as matrices (down): boxes, which the tensor memory accelerator brings. One lane.
+// Columns that lie in memory as matrices (down's; gate_up's, gathered): boxes, which the tensor memory accelerator
+// brings. One lane.
 template <class Sizes, int PARTS> struct BoxedColumns {
   using Source = CUtensorMap;
   static constexpr bool kByWarp = false;

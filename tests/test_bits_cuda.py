@@ -255,7 +255,7 @@ def test_items_that_share_the_rows_of_few_experts(cuda, experts, hidden, interme
     [(8, 4872, 336), (8, 1736, 2056), (5, 72, 968), (200, 128, 64)],
 )
 def test_items_of_one_unit(cuda, experts, hidden, intermediate, routes, dtype):
-    """Both warpgroups of tiled multiply one unit where units are few, as gate_up's are here: layer and kernels."""
+    """Both warpgroups of tiled multiply one unit where units are few, as most of gate_up's are here."""
     layer = make_layer(experts, hidden, intermediate, dtype, cuda)
     x, ids, weights = make_tokens(layer, experts * routes // 2, 2, seed=routes)
     tiled, grouped = experts_of(layer, "cuda_tiled"), experts_of(layer, "cuda_grouped")
