@@ -1,5 +1,6 @@
 """The layer benchmark: what it measures is there, and makes sense."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from warpdecode.bench import kernels_seen, machine, peers, plot, timers
+from warpdecode.bench import candidates, kernels_seen, machine, peers, plot, timers
 from warpdecode.bench.candidates import Candidate
 from warpdecode.bench.child import INVARIANT_NAME, Child, ChildFailed, merge
 from warpdecode.bench.layers import Layers
@@ -89,11 +90,13 @@ def test_random_shapes():
     assert shapes == named_shapes("random:200", 3) != random_shapes(200, seed=4)
     assert len({shape.name for shape in shapes}) == 200
     for shape in shapes:
-        assert 8 <= shape.experts <= 512 and 1 <= shape.top_k <= min(10, shape.experts // 2)
-        assert 1024 <= shape.hidden <= 7168 and shape.hidden % 64 == 0
-        assert 256 <= shape.intermediate <= 14336 and shape.intermediate % 16 == 0
+        assert 7 <= shape.experts <= 512 and shape.top_k in (1, 2, 4, 5, 6, 8, 10, 12)
+        assert 2 * shape.top_k <= shape.experts
+        assert 1024 <= shape.hidden <= 8192 and shape.hidden % 64 == 0
+        assert 64 <= shape.intermediate <= 16384 and shape.intermediate % 8 == 0
         assert shape.experts * shape.bytes_per_expert() <= 12e9
     assert any(shape.hidden % 512 for shape in shapes) and max(shape.intermediate for shape in shapes) > 8000
+    assert any(shape.experts % 8 for shape in shapes) and sum(shape.intermediate >= 512 for shape in shapes) > 120
 
 
 def test_rounds_of_calls():
@@ -121,6 +124,23 @@ def test_inputs_are_those_of_the_seed_and_the_number_of_tokens(routing):
     assert (Layers.distinct(ids) == 4) == (routing == "same")
     assert not torch.equal(ids, calls[0][1][1])  # fresh for each call
     assert torch.equal(one.gate_up[0], two.gate_up[1]) and one.copies * 16 * one.expert_bytes >= 4 << 12
+
+
+def test_a_plain_read_has_a_call_s_bytes_in_one_piece(monkeypatch):
+    """However many experts a call has; two reads have gate_up's and down's shares of them."""
+    layers = Layers(Shape("tiny", 6, 2, 32, 16), torch.bfloat16, "cpu", 1 << 14, 0)
+    assert layers.copies > 2 and not torch.equal(layers.gate_up[0][0], layers.gate_up[0][1])
+    taken = []
+    monkeypatch.setattr(candidates, "read_memory", lambda memory, sink: lambda: taken.append(memory))
+    distinct = [6, 1, 5, 3, 6, 2]
+    for split, shares in ((False, [3]), (True, [2, 1])):
+        for call, (experts, copy) in enumerate(zip(distinct, itertools.cycle(range(layers.copies)))):
+            candidates.ceiling(layers, distinct, None, split=split).calls[call]()
+            assert [memory.nbytes for memory in taken] == [experts * share * 32 * 16 * 2 for share in shares]
+            owner = layers.gate_up[copy].untyped_storage()
+            assert all(memory.untyped_storage().data_ptr() == owner.data_ptr() for memory in taken)
+            assert split or all(memory.is_contiguous() for memory in taken)
+            taken.clear()
 
 
 def test_sampled_tokens_are_spread():

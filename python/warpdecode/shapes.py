@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -52,15 +53,24 @@ NINE = tuple(list(SHAPES)[:9])
 
 _MOST_RANDOM_BYTES = 12 * 10**9  # of a layer in two-byte weights, so that two copies fit beside what the peers need
 
+# What released models have: every K, and every I of a whole layer.
+_TOP_K = (1, 2, 4, 5, 6, 8, 10, 12)
+_INTERMEDIATE = (
+    512, 704, 768, 1024, 1280, 1408, 1536, 1792, 1856, 2048, 2560, 2880, 3072, 3584, 6400, 8192, 10752, 14336, 16384,
+)  # fmt: skip
+_RANKS = (1, 1, 1, 1, 2, 4, 8)  # three of seven layers are a rank's part under tensor parallelism
+
 
 def random_shapes(count: int, seed: int) -> list[Shape]:
     """Shapes drawn from the ranges of real models, odd sizes (2880, 1856, ...) among them; the same for a seed."""
     draw, shapes = random.Random(seed), {}
     while len(shapes) < count:
-        experts = draw.choice((8, 16, 32, 64, 128, 256, 512, 8 * draw.randint(1, 64)))
-        top_k = draw.randint(1, min(10, experts // 2))
-        hidden = 64 * draw.randint(16, 112)
-        intermediate = 16 * round(2 ** draw.uniform(4, 9.807))  # 256 to 14336, as many small ones as large ones
+        experts = round(2 ** draw.uniform(2.81, 9))  # 7 to 512
+        if draw.random() < 0.7:
+            experts = 1 << round(math.log2(experts))
+        top_k = draw.choice([k for k in _TOP_K if 2 * k <= experts])
+        hidden = 64 * draw.randint(16, 128)
+        intermediate = draw.choice(_INTERMEDIATE) // draw.choice(_RANKS)
         name = f"random-E{experts}-K{top_k}-H{hidden}-I{intermediate}"
         shape = Shape(name, experts, top_k, hidden, intermediate)
         if experts * shape.bytes_per_expert() <= _MOST_RANDOM_BYTES:

@@ -90,20 +90,18 @@ def read_memory(memory: torch.Tensor, sink: torch.Tensor) -> Callable:
 
 
 def ceiling(layers: Layers, distinct: list[int], sink: torch.Tensor, *, split: bool) -> Candidate:
-    """Reads as many bytes as the call's distinct experts have, from the copy that the call uses.
+    """Reads as many bytes as the call's distinct experts have, from the copy that the call uses, once, by one kernel.
 
-    split: two kernels of the sizes that gate_up and down have (2/3 and 1/3), the honest ceiling of a small call.
+    split: by two kernels, of the sizes that gate_up and down have (2/3 and 1/3), the honest ceiling of a small call.
     """
-    shape, reads = layers.shape, []
+    reads = []
     for i, experts in enumerate(distinct):
         copy = i % layers.copies
-        first = (7 * i) % (shape.experts - experts + 1)  # not always the same experts, as routings do
-        flat = layers.gate_up[copy].view(-1)
-        words = experts * layers.expert_bytes // flat.element_size()
-        if not split and words <= flat.numel():
-            start = min(first * 2 * shape.intermediate * shape.hidden, flat.numel() - words)
-            reads.append(read_memory(flat[start : start + words], sink))
-        else:  # gate_up alone may be too short for one contiguous read of all the bytes
+        first = (7 * i) % (layers.shape.experts - experts + 1)  # not always the same experts, as routings do
+        if split:
             pair = [read_memory(part[copy][first : first + experts], sink) for part in (layers.gate_up, layers.down)]
             reads.append(lambda pair=pair: [read() for read in pair])
+        else:
+            words = layers.expert_bytes // layers.dtype.itemsize
+            reads.append(read_memory(layers.flat[copy][first * words : (first + experts) * words], sink))
     return Candidate(reads, required=True)

@@ -15,7 +15,7 @@ class Layers:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str, cache_bytes: int, seed: int):
         self.shape, self.dtype, self.device, self.seed = shape, dtype, device, seed
-        self.expert_bytes = shape.bytes_per_expert(torch.empty((), dtype=dtype).element_size())
+        self.expert_bytes = shape.bytes_per_expert(dtype.itemsize)
         layer_bytes = shape.experts * self.expert_bytes
         self.copies = max(2, -(-4 * cache_bytes // layer_bytes))
         if device == "cuda":
@@ -24,16 +24,23 @@ class Layers:
             spare = min(_SPARE_BYTES, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 8)
             wanted = -(-4 * cache_bytes // (shape.top_k * self.expert_bytes))
             self.copies = max(self.copies, min(wanted, spare // layer_bytes))
+        # A copy's two matrices lie in one piece, so that one plain read can have the bytes of any number of experts.
+        first = torch.empty(layer_bytes // dtype.itemsize, dtype=dtype, device=device)
         generator = torch.Generator(device).manual_seed(seed)
-        gate_up = self._draw(2 * shape.intermediate, shape.hidden, generator)
-        down = self._draw(shape.hidden, shape.intermediate, generator)
+        for weights in self._matrices(first):
+            weights.normal_(0, weights.shape[-1] ** -0.5, generator=generator)
         # The cache knows addresses, not values: drawing once is enough.
-        self.gate_up = [gate_up, *(gate_up.clone() for _ in range(self.copies - 1))]
-        self.down = [down, *(down.clone() for _ in range(self.copies - 1))]
+        self.flat = [first, *(first.clone() for _ in range(self.copies - 1))]
+        self.gate_up, self.down = zip(*map(self._matrices, self.flat), strict=True)
 
-    def _draw(self, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-        weights = torch.empty(self.shape.experts, rows, columns, dtype=self.dtype, device=self.device)
-        return weights.normal_(0, columns**-0.5, generator=generator)
+    def _matrices(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up_proj [E, 2I, H] and down_proj [E, H, I] of one copy, views of it."""
+        shape = self.shape
+        gate_up, down = flat.split((2 * flat.numel() // 3, flat.numel() // 3))
+        return (
+            gate_up.view(shape.experts, 2 * shape.intermediate, shape.hidden),
+            down.view(shape.experts, shape.hidden, shape.intermediate),
+        )
 
     def inputs(self, tokens: int, routing: str, calls_of) -> list[tuple]:
         """(hidden_states, topk_ids, topk_weights) of each call of a round, from a seed of this T's own.
