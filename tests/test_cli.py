@@ -79,12 +79,22 @@ def test_info(capsys):
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "WARPDECODE_NUM_THREADS"])
-def test_a_wrong_number_of_threads_is_a_sentence(variable):
+@pytest.mark.parametrize("number", ["0", "\u00b2", str(2**31)])
+def test_a_wrong_number_of_threads_is_a_sentence(variable, number):
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    environment[variable] = "0"
+    environment[variable] = number
     done = subprocess.run([*LOCAL, "info"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"warpdecode: {variable}: was '0', expected a number of threads of at least 1\n"
+    assert done.stderr == f"warpdecode: {variable}: was {number!r}, expected a number of threads from 1 to 2147483647\n"
+
+
+def test_a_library_that_is_not_there_is_a_sentence(tmp_path):
+    done = subprocess.run(
+        [*LOCAL, "info"], env={**os.environ, "WARPDECODE_LIBRARY": str(tmp_path / "no.so")}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no.so" in done.stderr and "set WARPDECODE_LIBRARY to a library, or unset it" in done.stderr
 
 
 def test_version(capsys):

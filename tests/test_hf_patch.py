@@ -97,6 +97,18 @@ def test_unpatch_restores_different_implementations_of_a_nested_model():
     assert before[1]["text_config"] == "batched_mm"
 
 
+@pytest.mark.parametrize("not_a_model", ["name", None, 3, torch.nn.Linear], ids=str)
+def test_what_is_no_model_is_refused(not_a_model):
+    def patched(model):
+        with warpdecode.hf.patched(model):
+            pass
+
+    for function in (warpdecode.hf.patch, patched, warpdecode.hf.unpatch, warpdecode.hf.explain):
+        kind = type(not_a_model).__name__
+        with pytest.raises(ValueError, match=f"model: was a {kind}, expected a torch.nn.Module"):
+            function(not_a_model)
+
+
 def test_patching_twice_is_patching_once_with_the_new_strict():
     model = _model()
     before = _left_on(model)

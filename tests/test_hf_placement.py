@@ -47,8 +47,20 @@ def test_a_layer_offloaded_to_disk_is_served_while_it_is_there_and_not_held(tmp_
     directory = _saved(tmp_path / "model")
     model = _load(directory, _map("cpu", "disk", "cpu"), torch.float32, offload_folder=tmp_path / "offload")
     rows = warpdecode.hf.explain(model)
-    assert [row.device for row in rows] == ["cpu", "meta"] and "meta device (offloaded" in rows[1].reason
+    assert [row.device for row in rows] == ["cpu", "meta"]
+    assert [row.reason for row in rows] == ["it is not patched; the kernels can serve it"] * 2
     warpdecode.hf.patch(model, strict=True)
+    rows = warpdecode.hf.explain(model)
+    assert [row.path for row in rows] == ["warp_decode"] * 2
+    assert [row.reason for row in rows] == ["patched", "patched; offloaded: looked at when a call brings its weights"]
+    _assert_served_and_right(model, directory, torch.float32)
+    assert warpdecode.hf.explain(model)[1].reason == "patched; offloaded: a call brings its weights"
+    hf_models.experts_modules(model)[1].act_fn = torch.nn.Softsign()
+    with pytest.raises(warpdecode.hf.WarpDecodeFallbackError):
+        model(hf_models.prompt())
+    row = warpdecode.hf.explain(model)[1]
+    assert row.path != "warp_decode" and "offloaded" not in row.reason, row
+    hf_models.experts_modules(model)[1].act_fn = torch.nn.SiLU()
     _assert_served_and_right(model, directory, torch.float32)
     assert _kept(model) == [True, False]
     assert [module.down_proj.device.type for module in hf_models.experts_modules(model)] == ["cpu", "meta"]
@@ -63,6 +75,7 @@ def test_a_model_that_is_offloaded_as_a_whole_says_so_when_patched(tmp_path):
         warpdecode.hf.patch(model)
     _assert_served_and_right(model, directory, torch.float32)
     assert _kept(model) == [False, False]
+    assert "2 of 2 layers take warp_decode" in str(warpdecode.hf.explain(model))
 
 
 @pytest.mark.gpu

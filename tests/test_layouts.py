@@ -160,7 +160,7 @@ def test_refused_lists():
     refusals = [
         (odd[:8].clone(), r"gate_up_proj\[2\]: shape was \[8, 72\], expected \[176, 72\] as gate_up_proj\[0\]"),
         (odd.float(), r"gate_up_proj\[2\]: dtype was float32, expected bfloat16 as gate_up_proj\[0\]"),
-        (odd.t().contiguous().t(), r"gate_up_proj\[2\]: strides were not compact row-major ones"),
+        (odd.t().contiguous().t(), r"gate_up_proj\[2\]: strides were \[1, 176\], expected compact row-major ones"),
         (odd.float().numpy(), r"gate_up_proj\[2\]: was a <class 'numpy.ndarray'>, expected a <class 'torch.Tensor'>"),
     ]
     for member, sentence in refusals:
@@ -192,22 +192,26 @@ def test_refusals():
         ({"activation": "tanh"}, "activation: was 'tanh', expected one of 'silu', 'gelu_tanh', 'gelu', 'relu'"),
         ({"is_transposed": 1}, "is_transposed: was 1, expected one of False, True, 'down'"),
         ({"is_interleaved": None}, "is_interleaved: was None, expected one of False, True"),
-        ({"limit": 0.0}, "limit: was 0.0, expected a number above 0, or None for none"),
-        ({"limit": -1.0}, "limit: was -1.0, expected a number above 0, or None for none"),
-        ({"limit": float("nan")}, "limit: was nan, expected a number above 0"),
-        ({"alpha": 0}, "alpha: was 0, expected a finite number above 0, or None for 1"),
-        ({"alpha": float("inf")}, "alpha: was inf, expected a finite number above 0"),
+        ({"limit": 0.0}, "limit: was 0.0, expected a float32 number above 0, or None for none"),
+        ({"limit": -1.0}, "limit: was -1.0, expected a float32 number above 0, or None for none"),
+        ({"limit": float("nan")}, "limit: was nan, expected a float32 number above 0"),
+        ({"limit": 1e-46}, "limit: was 1e-46, expected a float32 number above 0"),  # 0 there, which would be no limit
+        ({"limit": 0.5, "has_gate": False}, "limit: was 0.5, expected None with has_gate=False"),
+        ({"alpha": 0}, "alpha: was 0, expected a finite float32 number above 0, or None for 1"),
+        ({"alpha": float("inf")}, "alpha: was inf, expected a finite float32 number above 0"),
+        ({"alpha": 1e39}, r"alpha: was 1e\+39, expected a finite float32 number above 0"),
+        ({"alpha": 1e-46}, "alpha: was 1e-46, expected a finite float32 number above 0"),
+        ({"up_offset": 10**400}, "up_offset: was 10000.*, expected a finite float32 number"),
         ({"alpha": 2.0, "activation": "gelu"}, "alpha: was 2.0, expected None with activation 'gelu'"),
-        ({"up_offset": float("nan")}, "up_offset: was nan, expected a finite number"),
-        ({"limit": "7"}, "limit: was '7', expected a number above 0, or None for none"),
-        ({"alpha": [1]}, r"alpha: was \[1\], expected a finite number above 0"),
-        ({"up_offset": None}, "up_offset: was None, expected a finite number"),
+        ({"up_offset": float("nan")}, "up_offset: was nan, expected a finite float32 number"),
+        ({"limit": "7"}, "limit: was '7', expected a float32 number above 0, or None for none"),
+        ({"alpha": [1]}, r"alpha: was \[1\], expected a finite float32 number above 0"),
+        ({"up_offset": None}, "up_offset: was None, expected a finite float32 number"),
         ({"kernel": 5}, "kernel: was 5, expected None or one of cuda_direct, "),
         ({"kernel": "fast"}, "kernel: was 'fast', expected None or one of cuda_direct, "),
         ({"is_transposed": True}, "gate_up_proj: 2I was 72 columns, expected twice a multiple of 8 from 8 to 16777216"),
         ({"is_transposed": "down"}, r"down_proj: shape was \[3, 72, 88\], expected \[E, I, H\] = \[3, 88, 72\]"),
         ({"has_gate": False}, r"down_proj: shape was \[3, 72, 88\], expected \[E, H, I\] = \[3, 72, 176\]"),
-        ({"has_gate": False, "limit": 1.0}, "experts: limit was 1, expected 0 with has_gate=False"),
         ({"has_gate": False, "up_offset": 1.0}, "experts: up_offset was 1, expected 0 with has_gate=False"),
         ({"has_gate": False, "is_interleaved": True}, "experts: is_interleaved was 1, expected 0 with has_gate=False"),
         ({"has_gate": False, "up_proj": parts.up}, "up_proj: was given, expected None with has_gate=False"),
@@ -235,3 +239,43 @@ def test_refusals():
     parts.gate_bias.requires_grad_()
     with pytest.raises(ValueError, match="gate_up_bias: requires a gradient"):
         describe(parts)(*draw_tokens(parts, 2, 2))
+
+
+def test_an_output_in_the_memory_of_one_expert():
+    """Of stacked weights the C library sees that; of a list, where each array is."""
+    parts = draw_parts(3, 72, 88, torch.bfloat16, bias_dtype=torch.bfloat16)
+    experts = describe(parts, "pointers, separate")
+    x, ids, weights = draw_tokens(parts, 4, 2)
+    intermediate = warpdecode.moe_gate_up_3d_batched(experts, x, ids)
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        member = experts._arrays[name][2]
+        before, out = member.clone(), member.view(-1)[-4 * 72 :].view(4, 72)
+        for call in (
+            lambda out=out: experts(x, ids, weights, out=out),
+            lambda out=out: warpdecode.moe_down_3d_batched(experts, intermediate, ids, weights, out=out),
+        ):
+            with pytest.raises(ValueError, match=rf"out: overlaps {name}\[2\] in memory, expected memory of its own"):
+                call()
+        assert torch.equal(member, before)
+    gate_up, down, _ = stored(parts, "pointers")
+    memory = torch.cat([down[0].flatten(), torch.empty(4 * 72, dtype=torch.bfloat16), down[1].flatten()])
+    between = memory[72 * 88 :][: 4 * 72].view(4, 72)  # what only touches them is served
+    down = [memory[: 72 * 88].view(72, 88), memory[-72 * 88 :].view(72, 88), down[2]]
+    experts = warpdecode.Experts(gate_up, down)
+    assert torch.equal(experts(x, ids, weights, out=between), experts(x, ids, weights))
+
+
+def test_a_negated_view_is_refused():
+    """torch marks such a view and leaves the memory's signs as they are."""
+    parts = draw_parts(3, 72, 88, torch.bfloat16)
+    gate_up, down, _ = stored(parts)
+    call = draw_tokens(parts, 4, 2)
+    experts = warpdecode.Experts(gate_up, down)
+    expected = experts(*call)
+    for i, name in ((0, "hidden_states"), (2, "topk_weights")):
+        negated = [torch._neg_view(array) if i == j else array for j, array in enumerate(call)]
+        with pytest.raises(ValueError, match=f"{name}: was a negated view, expected .*resolve_neg"):
+            experts(*negated)
+    with pytest.raises(ValueError, match="down_proj: was a negated view"):
+        warpdecode.Experts(gate_up, torch._neg_view(down))
+    assert torch.equal(experts(*call), expected)

@@ -18,11 +18,13 @@ except ImportError as error:
 
 
 def _load():
-    path = Path(os.environ.get("WARPDECODE_LIBRARY") or Path(__file__).parent / "lib" / "libwarpdecode.so")
+    given = os.environ.get("WARPDECODE_LIBRARY")
+    path = Path(given or Path(__file__).parent / "lib" / "libwarpdecode.so")
     try:
         library = ffi.dlopen(str(path))
     except OSError as error:
-        raise ImportError(f"warpdecode: cannot load {path}: {error}; reinstall the package") from error
+        remedy = "set WARPDECODE_LIBRARY to a library, or unset it" if given else "reinstall the package"
+        raise ImportError(f"warpdecode: cannot load {path}: {error}; {remedy}") from error
     expected = f"{library.WD_VERSION_MAJOR}.{library.WD_VERSION_MINOR}.{library.WD_VERSION_PATCH}"
     found = ffi.string(library.wd_version()).decode()
     if found != expected:

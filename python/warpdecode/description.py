@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 
@@ -33,11 +34,12 @@ _CUDA_ALIGNMENT = 16
 
 
 def _number(name: str, value, expected: str, allowed: Callable[[float], bool]) -> float:
+    """The number as the C struct has it: in float32, where 1e-46 is 0, which would mean none, and 1e39 is infinite."""
     try:
         # float() would read a text
-        if not isinstance(value, (str, bytes)) and allowed(number := float(value)):
+        if not isinstance(value, (str, bytes)) and allowed(number := ctypes.c_float(value).value):
             return number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{name}: was {value!r}, expected {expected}")
 
@@ -61,12 +63,15 @@ def struct_fields(
         "no_gate": 1 - _choice("has_gate", has_gate, FLAGS),
         "weight_on_input": _choice("weight_on_input", weight_on_input, FLAGS),
         "clamp_after_activation": _choice("clamp_after_activation", clamp_after_activation, FLAGS),
-        "up_offset": _number("up_offset", up_offset, "a finite number", math.isfinite),
+        "up_offset": _number("up_offset", up_offset, "a finite float32 number", math.isfinite),
     }
     if limit is not None:
-        fields["limit"] = _number("limit", limit, "a number above 0, or None for none", lambda number: number > 0)
+        positive = "a float32 number above 0, or None for none"
+        fields["limit"] = _number("limit", limit, positive, lambda number: number > 0)
+        if not has_gate:
+            raise ValueError(f"limit: was {limit!r}, expected None with has_gate=False")
     if alpha is not None:
-        finite = "a finite number above 0, or None for 1"
+        finite = "a finite float32 number above 0, or None for 1"
         fields["alpha"] = _number("alpha", alpha, finite, lambda number: 0 < number < math.inf)
         if activation != "silu":
             raise ValueError(f"alpha: was {alpha!r}, expected None with activation {activation!r}: silu alone has it")
@@ -112,7 +117,9 @@ def _check_member(slot: Slot, first: Slot) -> None:
         if was != expected:
             raise ValueError(f"{slot.name}: {what} was {was}, expected {expected} as {first.name}")
     if not slot.is_compact():
-        raise ValueError(f"{slot.name}: strides were not compact row-major ones; pass a contiguous array")
+        strides = [slot.tensor.strides[axis] for axis in range(slot.tensor.ndim)]
+        expected = "expected compact row-major ones; pass a contiguous array"
+        raise ValueError(f"{slot.name}: strides were {strides}, {expected}")
     tensor = slot.tensor
     itemsize = tensor.dtype.bits // 8
     alignment = _CUDA_ALIGNMENT if tensor.device.device_type == lib.kDLCUDA else itemsize
@@ -138,7 +145,7 @@ def _check_layer(struct) -> None:
 class Description:
     """The C struct of a layer and what it points to. Never changed once made: running calls may be reading it."""
 
-    __slots__ = ("_placed", "hidden", "intermediate", "members", "on_cpu", "parts", "struct")
+    __slots__ = ("_placed", "_scattered", "hidden", "intermediate", "members", "on_cpu", "parts", "struct")
 
     def __init__(self, arrays: dict, properties: dict):
         self.parts = {name: Part(name, array) for name, array in arrays.items()}
@@ -160,11 +167,23 @@ class Description:
             for part in self.parts.values()
             for slot, member in zip(part.slots, part.members, strict=True)
         }
+        lists = [part.slots for part in self.parts.values() if part.table is not None]
+        self._scattered = [(slot, *slot.extent()) for slots in lists for slot in slots]
         of_adapters = {}
         for name, member in self.members.items():
             of_adapters.setdefault(adapter_of(member, name), []).append(member)
         placed = [(adapter.places, members, adapter.places(members)) for adapter, members in of_adapters.items()]
         self._placed = [each for each in placed if each[2] is not None]
+
+    def check_apart(self, output: Slot) -> None:
+        """Refuses an output in the memory of an array in a list: the C library sees where the others are, and compares
+        those itself."""
+        if not self._scattered:
+            return
+        first, behind = output.extent()
+        for slot, start, end in self._scattered:
+            if first < end and start < behind:
+                raise ValueError(f"{output.name}: overlaps {slot.name} in memory, expected memory of its own")
 
     def holds(self) -> bool:
         """Whether every array is still where it was described."""

@@ -29,6 +29,7 @@ def _run(function, experts: Experts, inputs: dict, shape_of, out, words=WORDS):
     else:
         out_adapter = adapter_of(out, "out")
         out_adapter.bind(output, out, True)
+        described.check_apart(output)
     size = ffi.new("size_t *")
     check(lib.wd_moe_workspace_size(described.struct, tokens, top_k, size))
     address, owner = adapter.workspace(size[0], like)

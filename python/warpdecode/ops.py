@@ -67,9 +67,9 @@ class Experts:
     The weights are neither copied nor repacked: changing them in place is seen by the next call. The object keeps
     the arrays alive, and looks before each call whether a torch parameter was given other memory (`.data = ...`) or
     another shape. It cannot know of a new parameter in the old one's place, as `module.weight = ...` and
-    `load_state_dict(assign=True)` make it, nor of strides that changed alone (`transpose_()`): describe anew. What it
-    describes cannot be assigned. It may be called from several threads, copied and pickled, which copies its arrays.
-    H and I are multiples of 8; arrays are contiguous.
+    `load_state_dict(assign=True)` make it, nor of strides or a dtype that changed alone (`transpose_()`,
+    `.data = data.view(dtype)`): describe anew. What it describes cannot be assigned. It may be called from several
+    threads, copied and pickled, which copies its arrays. H and I are multiples of 8; arrays are contiguous.
 
     Raises ValueError for bad arguments, naming the argument.
 
@@ -212,6 +212,7 @@ class Experts:
         else:
             out_adapter = adapter_of(out, "out")
             out_adapter.bind(frame.output, out, True)
+            described.check_apart(frame.output)
         size = self._workspace_bytes(frame, described)
         workspace = frame.workspace
         if workspace is None:

@@ -6,6 +6,8 @@ what it described last, and frameworks whose arrays can be compared cheaply (tor
 
 from __future__ import annotations
 
+import math
+
 from warpdecode._ffi import ffi
 
 MAX_AXES = 8
@@ -75,6 +77,13 @@ class Slot:
         self.tensor, self.keep = tensor, keep
         self.address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
         self.shape = self.dtype = self.device = None
+
+    def extent(self) -> tuple[int, int]:
+        """The addresses of its first byte and of the one behind its last, of a compact array."""
+        tensor = self.tensor
+        first = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
+        elements = math.prod(tensor.shape[axis] for axis in range(tensor.ndim))
+        return first, first + elements * tensor.dtype.bits // 8
 
     def facts(self) -> tuple[list[int], str, str]:
         """Shape, dtype and device of what is described, for comparing and for sentences."""

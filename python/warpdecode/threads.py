@@ -8,6 +8,7 @@ import threading
 
 from warpdecode._ffi import check, ffi, lib
 
+_MOST = 2**31 - 1  # the C library counts in int32
 _lock = threading.Lock()
 _pool = None  # a wd_threads *, started by the first CPU call
 _count: int | None = None
@@ -17,8 +18,8 @@ def _default_count() -> int:
     for variable in ("WARPDECODE_NUM_THREADS", "OMP_NUM_THREADS"):
         text = os.environ.get(variable, "").split(",")[0].strip()
         if text:
-            if not text.isdigit() or int(text) < 1:
-                raise ValueError(f"{variable}: was {text!r}, expected a number of threads of at least 1")
+            if not text.isdecimal() or not 1 <= int(text) <= _MOST:
+                raise ValueError(f"{variable}: was {text!r}, expected a number of threads from 1 to {_MOST}")
             return int(text)
     return len(os.sched_getaffinity(0))
 
@@ -32,7 +33,7 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(count: int) -> None:
-    """Sets the number of CPU threads (at least 1), for calls from now on. The bits of no output depend on it.
+    """Sets the number of CPU threads (1 to 2**31 - 1), for calls from now on. The bits of no output depend on it.
 
     The default is WARPDECODE_NUM_THREADS, else OMP_NUM_THREADS, else the processors that this process may use.
     """
@@ -41,8 +42,8 @@ def set_num_threads(count: int) -> None:
         number = 0 if isinstance(count, bool) else operator.index(count)
     except TypeError:
         number = 0
-    if number < 1:
-        raise ValueError(f"count: was {count!r}, expected a whole number of at least 1")
+    if not 1 <= number <= _MOST:
+        raise ValueError(f"count: was {count!r}, expected a whole number from 1 to {_MOST}")
     with _lock:
         _count, _pool = number, None  # the old pool ends when the last call that uses it lets go
 

@@ -23,7 +23,13 @@ def bind(slot, array, writable=False):
     if writable and (array.requires_grad or forward_ad._current_level >= 0):
         _refuse_derivatives(slot.name, array)
     device = array.get_device()
-    if array.shape == slot.shape and array.dtype is slot.dtype and device == slot.device and array.is_contiguous():
+    if (
+        array.shape == slot.shape
+        and array.dtype is slot.dtype
+        and device == slot.device
+        and array.is_contiguous()
+        and not array.is_neg()
+    ):
         try:
             slot.place[0] = array.data_ptr()
         except RuntimeError as error:
@@ -35,6 +41,8 @@ def bind(slot, array, writable=False):
         raise ValueError(f"{slot.name}: was on {array.device}, expected a cpu or cuda tensor")
     if array.layout is not torch.strided:
         raise ValueError(f"{slot.name}: layout was {array.layout}, expected torch.strided")
+    if array.is_neg():  # its memory has the other sign
+        raise ValueError(f"{slot.name}: was a negated view, expected a plain tensor; pass its resolve_neg()")
     strides = None if array.is_contiguous() else array.stride()
     name = _NAMES.get(array.dtype, str(array.dtype))
     try:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from .forms import own_method
+from .forms import ABSENT, own_method
 from .probing import changed, double, noted, probing
 
 CHANGED = "it routes, or adds to its experts, otherwise than when it was patched; patch it again"
@@ -178,7 +178,7 @@ def probe(module) -> torch.Tensor | str:
     if matrix is None or first is None:
         return "its block has no router that is known"
     if "meta" in (matrix.device.type, first.device.type):
-        return "its block is on the meta device (offloaded, or not loaded yet), and cannot be probed there"
+        return f"its block is {ABSENT}, and cannot be probed there"
     x = torch.randn(2, 48, matrix.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x[:, ::3] *= 1e-3  # nearly equal probabilities, whose sum over the chosen is far from 1
     x[:, 1::3] *= 0.1

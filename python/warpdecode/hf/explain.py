@@ -7,11 +7,12 @@ import torch
 
 from . import decode
 from .config import NAME, PatchedConfig, asked_for
-from .forms import Form, is_dispatched
+from .forms import ABSENT, Form, is_dispatched, on_loan
 from .forward import own_path_name
 from .found import moe_modules
 from .layer import look_at, weights_between_calls
 from .replaced import forward_against, is_replaced
+from .state import SLOT
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def _row(name: str, module: torch.nn.Module, form: Form) -> LayerRow:
 
 def _verdict(module, form, weights) -> tuple[str, str]:
     own = own_path_name(module)
-    against = look_at(module, form)[0].reason or forward_against(module)
+    against, absent = _against(module, form)
+    against = against or forward_against(module)
     if against is not None:
         return own, against
     if is_replaced(module):
@@ -109,7 +111,18 @@ def _verdict(module, form, weights) -> tuple[str, str]:
         return own, f"accelerate_decode() takes the place of {decode.REPLACED}, to which generate() may switch it"
     if any(weight.requires_grad for weight in weights):
         how += f"; calls with grad mode on take {own}, because the weights require grad"
-    return NAME, how
+    return NAME, how + absent
+
+
+def _against(module, form) -> tuple[str | None, str]:
+    """(why the kernels cannot serve the module, what to say of weights that a hook brings for a call)."""
+    reason = look_at(module, form)[0].reason
+    if reason is None or not (reason.endswith(ABSENT) and on_loan(module)):
+        return reason, ""
+    seen = module.__dict__.get(SLOT)  # by a call, when the weights were there; by patch(), as they are now
+    if seen is None or (seen.reason is not None and seen.reason.endswith(ABSENT)):
+        return None, "; offloaded: looked at when a call brings its weights"
+    return seen.reason, "; offloaded: a call brings its weights"
 
 
 def _fold(names: list[str]) -> str:

@@ -15,6 +15,7 @@ from . import state
 from .registries import FP8Experts
 from .state import BASE
 
+ABSENT = "on the meta device (offloaded, or not loaded yet)"
 OUTSIDE = "its class does not use transformers' experts interface (@use_experts_implementation)"
 
 # The attributes in which transformers' decorator says how a class stores its weights: the standard value, and the

@@ -21,9 +21,16 @@ def form_of(module: torch.nn.Module) -> Form:
     return _outside(module) or Unknown(f"{OUTSIDE} and is none of those known outside")
 
 
+def demand_module(model) -> None:
+    """Raises ValueError for what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: was a {type(model).__qualname__}, expected a torch.nn.Module")
+
+
 def moe_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Form]]:
     """(name, module, form) of everything in `model` that looks like a Mixture-of-Experts layer's experts, served or
     not. A block that is patched as a whole stands for its `experts`, under their name."""
+    demand_module(model)
     within = set()
     for name, module in model.named_modules():
         if module in within or isinstance(module, torch.jit.ScriptModule):

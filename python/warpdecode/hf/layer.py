@@ -13,7 +13,7 @@ import torch
 
 from .. import Experts, cuda_usable
 from .call import PLAIN
-from .forms import Form, Part, bound, unfit
+from .forms import ABSENT, Form, Part, bound, unfit
 from .found import form_of
 from .gate import Gate, probe_gate
 from .probing import double, probing
@@ -63,7 +63,7 @@ def _weight_against(name: str, weight) -> str | None:
     if type(weight) not in PLAIN:
         return f"{name} is a {type(weight).__name__}, not a plain torch.Tensor or Parameter"
     if weight.device.type == "meta":
-        return f"{name} is on the meta device (offloaded, or not loaded yet)"
+        return f"{name} is {ABSENT}"
     if weight.layout is not torch.strided or not weight.is_contiguous():
         return f"{name} is not a contiguous strided tensor"
     return None

@@ -8,7 +8,7 @@ import torch
 from .config import PatchedConfig, Policy, WarpDecodeFallbackError, warn
 from .forms import Form, is_dispatched
 from .forward import enter_registries, own_path_name
-from .found import moe_modules
+from .found import demand_module, moe_modules
 from .layer import Layer, look_at
 from .replaced import forward_against, is_replaced, replace, restore
 from .state import POLICY, SLOT
@@ -67,6 +67,7 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> torch.nn.Module:
 def unpatch(model: torch.nn.Module) -> torch.nn.Module:
     """Undoes `patch`, in place, and returns the model: every module has the config object it had before, and nothing of
     ours is left on it. Models that were never patched are left alone."""
+    demand_module(model)
     for module in model.modules():
         config = module.__dict__.get("config")
         if type(config) is PatchedConfig:
@@ -84,6 +85,7 @@ def patched(model: torch.nn.Module, strict: bool = False) -> Iterator[torch.nn.M
 
     The scope belongs to the model, not to the thread: other threads that run it meanwhile get the kernels too.
     """
+    demand_module(model)
     before = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
     replaced = [(module, module.__dict__[POLICY]) for module in model.modules() if is_replaced(module)]
     patch(model, strict=strict)
