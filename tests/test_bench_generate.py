@@ -14,11 +14,13 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 
+import warpdecode
 import warpdecode.hf
 from warpdecode.bench import end_to_end, generation, reading, variants
 from warpdecode.bench.decode_floor import logits_of_another_path
 from warpdecode.bench.random_models import MODELS, build, twin
 from warpdecode.bench.report import report
+from warpdecode.bench.variant_names import DEFAULT, STOCK
 from warpdecode.hf.registries import ExpertsInterface
 from warpdecode.shapes import SHAPES
 
@@ -41,12 +43,14 @@ SMALL = {
 def calm():
     """torch warns of every cached function of transformers that it traces; and such small models need no threads, which
     a busy machine makes them wait for."""
-    threads = torch.get_num_threads()
+    threads, ours = torch.get_num_threads(), warpdecode.get_num_threads()
     torch.set_num_threads(1)
+    warpdecode.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         yield
     torch.set_num_threads(threads)
+    warpdecode.set_num_threads(ours)
     torch._dynamo.reset()
 
 
@@ -81,7 +85,7 @@ def test_rows_of_both_modes(model, tmp_path, capsys):
     assert code == 0
     expected = [
         (mode, int(text), name) for mode in ("static", "eager") for text in batch.split(",")
-        for name in variants.DEFAULT[mode]
+        for name in DEFAULT[mode]
     ]  # fmt: skip
     assert [(row["mode"], row["batch"], row["variant"]) for row in rows] == expected
     # generate() switches stock to batched_mm on GPUs alone
@@ -93,7 +97,7 @@ def test_rows_of_both_modes(model, tmp_path, capsys):
             each["variant"]: each for each in rows if (each["mode"], each["batch"]) == (row["mode"], row["batch"])
         }
         step = row["step_ms"]["median"]
-        stock = min(each["step_ms"]["median"] for name, each in others.items() if name in variants.STOCK)
+        stock = min(each["step_ms"]["median"] for name, each in others.items() if name in STOCK)
         assert others[row["fastest_stock"]]["step_ms"]["median"] == stock
         assert math.isclose(row["ratio_to_stock"], stock / step)
         assert math.isclose(row["of_null"], others["null"]["step_ms"]["median"] / step)
@@ -193,30 +197,6 @@ def test_a_generation_is_timed_token_by_token():
     found = generation.generate(model, torch.randint(0, 96, (2, 5)), 7, static=False)
     assert found.tokens.shape == (2, 12) and len(found.steps) == 6 and found.ran == "grouped_mm"
     assert 0 < found.first + sum(found.steps) <= found.seconds
-
-
-def test_a_variant_that_fails_is_named_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
-    def fails(*_):
-        raise RuntimeError("out of something")
-
-    monkeypatch.setattr(variants, "_null_forward", fails)
-    code, rows = run(
-        tmp_path / "rows.jsonl", "qwen3-30b-a3b", "--modes", "eager", "--batch", "2", "--variants", "stock,patched,null"
-    )
-    assert code == 1
-    assert [row.get("failed") for row in rows] == [None, None, "RuntimeError: out of something"]
-    assert rows[0]["of_null"] is None and rows[1]["ratio_to_stock"] > 0
-    assert "null left out: RuntimeError: out of something" in capsys.readouterr().err
-    assert "Left out: null at batch 2 (RuntimeError: out of something)." in report(tmp_path)
-
-
-def test_a_step_that_was_to_be_compiled_and_was_not_is_no_figure(tmp_path, capsys):
-    with torch._dynamo.config.patch(disable=True):
-        code, rows = run(
-            tmp_path / "rows.jsonl", "qwen3-30b-a3b", "--modes", "static", "--batch", "2", "--variants", "null"
-        )
-    assert code == 1 and "torch made no graph of it" in rows[0]["failed"]
-    assert "null left out: RuntimeError: its step was to be compiled" in capsys.readouterr().err
 
 
 def test_slow_variants_generate_fewer_tokens(tmp_path):

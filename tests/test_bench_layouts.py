@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 import torch
 
 import warpdecode
-from test_bench import made_row
+from test_bench_report import made_row
 from warpdecode.bench import layouts
 from warpdecode.bench.layers import Layers
 from warpdecode.bench.measure import derived
@@ -84,14 +84,14 @@ def test_report_of_layouts():
         row.update(derived(row, {}))
     text = layouts_table(rows)
     assert text.startswith(
-        "Other layouts of the same bytes, bfloat16, CUDA graph replays, cold weights, uniform routing, medians; a GPU; "
-        "warpdecode 1, torch 2; today. The standard layout's fraction of the read ceiling, * of two reads where a call "
-        "reads less than 100 MB; the standard"
+        "Other layouts of the same bytes, bfloat16, CUDA graph replays, cold weights, uniform routing, medians of 5; a "
+        "GPU; warpdecode 1, torch 2, vllm 3; commit 0123456; today. The standard layout's fraction of the read "
+        "ceiling, * of two reads where a call reads less than 100 MB; the standard"
     )
     for line in (
         "| shape | layout | T 1 | T 4 |",
-        "| gpt-oss-20b | standard | 0.90* | 0.80 |",
-        "| gpt-oss-20b | transposed | 0.80 (0.72*) | 0.80 (0.64) |",
+        "| gpt-oss-20b | standard | 0.80, 0.90* | 0.80 |",
+        "| gpt-oss-20b | transposed | 0.80 (0.64, 0.72*) | 0.80 (0.64) |",
         "| llama-4-scout | standard |  | 0.80 |",
         "| llama-4-scout | interleaved |  | 1.00 (0.80) |",
     ):

@@ -82,7 +82,7 @@ def named_shapes(text: str, seed: int = 0) -> list[Shape]:
     """The shapes of a comma-separated list of names, "nine", "all" and "random:N". Raises ValueError for others."""
     found: dict[str, Shape] = {}
     unknown = []
-    for name in text.split(","):
+    for name in map(str.strip, text.split(",")):
         kind, _, count = name.partition(":")
         if name in SHAPES:
             shapes = [SHAPES[name]]

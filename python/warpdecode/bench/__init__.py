@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 
 from warpdecode.bench import layouts, options
 from warpdecode.shapes import SHAPES, named_shapes
+
+ROUTINGS = ("uniform", "zipf", "same")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: cuda where it is usable; of several GPUs the first that CUDA_VISIBLE_DEVICES leaves",
     )  # fmt: skip
     parser.add_argument(
-        "--routing", default="uniform", choices=["uniform", "zipf", "same"],
-        help="how experts are drawn; same: every token of a call has the same ones",
+        "--routing", default="uniform",
+        help="comma-separated: how experts are drawn: uniform, zipf, or same (every token of a call has the same ones)",
     )  # fmt: skip
     parser.add_argument("--kernels", default="", help="rows of `warpdecode info` to force and time, too")
     parser.add_argument("--repeats", type=int, default=None, help="measurements per figure (default 11, CPU 20)")
@@ -51,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, help="append the rows to this file as JSON lines")
 
 
-def environment(device: str, commit: str | None = None) -> dict:
-    """What a figure depends on beside the code: versions, machine, date."""
+def environment(device: str, commit: str | None = None, args: argparse.Namespace | None = None) -> dict:
+    """What a figure depends on beside the code: versions, machine, options, date."""
     from warpdecode.bench import machine
 
-    return machine.environment(device, commit)
+    return machine.environment(device, commit, args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         print("warpdecode bench: needs torch; pip install 'warpdecode[hf]'", file=sys.stderr)
         return 1
-    from warpdecode.bench import peers, table
+    from warpdecode.bench import peers, table, timers
     from warpdecode.bench.runner import Runner
 
     with contextlib.ExitStack() as stack:
@@ -81,23 +84,28 @@ def run(args: argparse.Namespace) -> int:
             usable = [kernel.name for kernel in warpdecode.kernels() if kernel.device == device and kernel.usable]
             kernels = options.checked("--kernels", options.names, args.kernels, usable) if args.kernels else []
             options.checked("--repeats", options.at_least, args.repeats, 1)
-            peer_names = options.checked("--peers", peers.chosen, args.peers, device)
+            routings = options.checked("--routing", options.names, args.routing, ROUTINGS)
+            peer_names, missing = options.checked("--peers", peers.chosen, args.peers, device)
             layout_names = options.checked("--layouts", layouts.chosen, args.layouts)
             append = options.checked("--output", stack.enter_context, options.appended(args.output))
         except ValueError as error:
             print(f"warpdecode bench: {error}", file=sys.stderr)
             return 2
-        found = environment(device, args.commit)
-        print(", ".join(f"{key} {value}" for key, value in found.items()))
-        print(f"peers: {', '.join(peer_names) or 'none'}")
-        columns = table.columns(kernels, parts=not args.no_parts, peers=peer_names, layouts=layout_names)
-        runner = stack.enter_context(Runner(device, kernels, peer_names, layout_names, args))
-        for shape in shapes:
-            for dtype in dtypes:
-                print(f"\n{shape}, {dtype}, {args.routing} routing, {device}; medians in microseconds")
-                print(table.heading(columns), flush=True)
-                for row in runner.rows(shape, dtype, tokens):
-                    print(table.line(columns, row), flush=True)
-                    append({**row, "environment": found})
+        with timers.torch_threads() if device == "cpu" else contextlib.nullcontext():  # as when calls are timed
+            found = environment(device, args.commit, args)
+        print(", ".join(f"{key} {value}" for key, value in found.items() if key != "options"))
+        without = "; ".join(f"{name}: {why}" for name, why in missing.items())
+        print(f"peers: {', '.join(peer_names) or 'none'}{f' ({without})' if without else ''}")
+        columns = table.columns(
+            kernels, parts=not args.no_parts, peers=peer_names, layouts=layout_names, eager=args.eager
+        )
+        asked = {} if args.peers is None else missing
+        runner = stack.enter_context(Runner(device, kernels, peer_names, asked, layout_names, args))
+        for shape, dtype, routing in itertools.product(shapes, dtypes, routings):
+            print(f"\n{shape}, {dtype}, {routing} routing, {device}; medians in microseconds")
+            print(table.heading(columns), flush=True)
+            for row in runner.rows(shape, dtype, routing, tokens):
+                print(table.line(columns, row), flush=True)
+                append({**row, "environment": found})
     print(f"\n{table.LEGEND}")
     return 0 if runner.complete else 1

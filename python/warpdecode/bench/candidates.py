@@ -82,7 +82,7 @@ def read_memory(memory: torch.Tensor, sink: torch.Tensor) -> Callable:
         pool = options.threads = warpdecode.threads.pool()
     place = ffi.cast("void *", sink.data_ptr())
 
-    def read(pool=pool):  # held as long as the function that uses it
+    def read(pool=pool, sink=sink):  # held as long as the function that uses them
         stream = ffi.cast("void *", adapter.stream(memory))
         check(lib.wd_read_memory(slot.tensor, place, stream, options))
 

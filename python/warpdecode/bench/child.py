@@ -36,13 +36,14 @@ class Child:
     def __init__(self, variables: dict[str, str]):
         self._variables, self._process = variables, None
 
-    def measure(self, shape: Shape, dtype: str, tokens: list[int], **options) -> dict[int, dict]:
-        """Rows by number of tokens, as `measure.measure` gives them. Raises ChildFailed."""
+    def measure(self, shape: Shape, dtype: str, tokens: list[int], **options) -> tuple[dict[int, dict], str | None]:
+        """Rows by number of tokens, as `measure.measure` gives them, and why some are missing. Raises ChildFailed where
+        all are."""
         request = {"shape": vars(shape), "dtype": dtype, "tokens": tokens, **options}
         answer = self._ask(json.dumps(request))
         if "error" in answer and not answer.get("rows"):
             raise ChildFailed(answer["error"], answer.get("final", False))
-        return {row["tokens"]: row for row in answer["rows"]}
+        return {row["tokens"]: row for row in answer["rows"]}, answer.get("error")
 
     def _ask(self, request: str) -> dict:
         if self._process is None:
@@ -83,10 +84,15 @@ class Child:
 
 def merge(row: dict, apart: dict, peer: str, name: str) -> None:
     """Adds to a row the child's peer under a name; ratio and ceiling beside it are those of the child's process."""
+    config = apart.get("vllm_config")
+    if name == INVARIANT_NAME and config is not None and not config.get("batch_invariant"):
+        row["failed"][name] = f"its process does not say that it is batch-invariant, but {config}"
+        return
     apart_times = apart["microseconds"]
+    more = ("of_ceiling", "of_two_reads", "clocks", "vllm_config", "calls", "repeats")
     row.setdefault("apart", {})[name] = {
         "microseconds": apart_times,
-        **{key: apart[key] for key in ("of_ceiling", "of_two_reads", "clocks", "vllm_config", "calls") if key in apart},
+        **{key: apart[key] for key in more if key in apart},
     }
     if peer not in apart_times:
         row["failed"][name] = apart["failed"].get(peer, "not measured")
@@ -104,8 +110,8 @@ def merge(row: dict, apart: dict, peer: str, name: str) -> None:
 
 def _answer(request: dict) -> dict:
     from warpdecode.bench import peers
+    from warpdecode.bench.failures import reason
     from warpdecode.bench.measure import measure
-    from warpdecode.bench.timers import reason
 
     rows: list[dict] = []
     try:
@@ -137,8 +143,6 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the answers
     for line in sys.stdin:
         answer = _answer(json.loads(line))
-        if "error" in answer and answer.get("rows"):
-            print(f"warpdecode bench: {answer['error']}", file=sys.stderr, flush=True)
         free_memory()
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from warpdecode.bench.decode_floor import logits_and_distinct, logits_of_another_path, read_milliseconds
+from warpdecode.bench.decode_looks import Looks
+from warpdecode.bench.decode_settings import Settings
+from warpdecode.bench.failures import reason
 from warpdecode.bench.generation import Generation, generate
 from warpdecode.bench.step_kernels import kernels_of_a_step
-from warpdecode.bench.timers import reason, summary
-from warpdecode.bench.variants import STOCK
+from warpdecode.bench.timers import summary
+from warpdecode.bench.variant_names import STOCK
+from warpdecode.bench.variants import model_of
 
 _FEW = 8  # new tokens of the slowest variants, and of a first generation where nothing is compiled
 _SETTLED = 0.1  # two generations whose steps differ by less are of one kind: no compilation, no recording any more
 _MOST_WARM = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """new_tokens: of a generation, fewer where it would take more than most_seconds."""
-
-    new_tokens: int = 64
-    prompt_tokens: int = 32
-    rounds: int = 3
-    most_seconds: float = 8.0
-    compile_config: Any = None  # of transformers; None: its own choice
-    kernels: bool = False  # record the kernels of a step, too: on a GPU
 
 
 @dataclass
@@ -42,54 +33,61 @@ class _Variant:
 
 
 def measure(
-    models: dict[str, torch.nn.Module], mode: str, batch: int, settings: Settings, say: Callable[[str], None]
+    model: torch.nn.Module, names: Sequence[str], mode: str, batch: int, settings: Settings, say: Callable[[str], None]
 ) -> list[dict]:
-    """One row for each variant's model, in their order. One that cannot run has `failed`, the reason, and no times."""
+    """One row for each variant of the model, in their order. One that cannot run has `failed`, the reason, and no
+    times; one that could be timed, but not looked at, has `not_looked_at`, the reasons."""
     _forget()
-    some = next(iter(models.values()))
-    prompt = torch.randint(0, some.config.vocab_size, (batch, settings.prompt_tokens), device=some.device)
-    variants = {name: _Variant(model) for name, model in models.items()}
-    failed: dict[str, str] = {}
+    static, running, failed = mode == "static", {}, {}
+    size = (batch, settings.prompt_tokens)
+    # Made where a failure is caught: a batch may be too large even for this.
+    prompt = functools.cache(lambda: torch.randint(0, model.config.vocab_size, size, device=model.device))
+
+    def leave_out(name: str, error: Exception) -> None:
+        running.pop(name, None)
+        failed[name] = reason(error)
+        say(f"{name} left out: {failed[name]}")
+
     # Variants share the code that is compiled: torch counts the compilations of all of them as one function's.
     with torch._dynamo.config.patch(recompile_limit=64):
-        for name, variant in variants.items():
+        for name in names:
             start = time.perf_counter()
             try:
-                step = _warm(variant, prompt, mode == "static", settings)
+                variant = _Variant(model_of(model, name))
+                step = _warm(variant, prompt(), static, settings)
             except Exception as error:
-                failed[name] = reason(error)
-                say(f"{name} left out: {failed[name]}")
+                leave_out(name, error)
                 continue
+            running[name] = variant
             seconds = time.perf_counter() - start
             say(f"{name} warm after {seconds:.1f} s: {1e3 * step:.2f} ms a step {variant.compiled or ''}")
-        running = {name: variant for name, variant in variants.items() if name not in failed}
+        if static and running and not any(variant.compiled["graphs"] for variant in running.values()):
+            say("nothing was compiled: transformers did not ask for it, as it does on a GPU")
         before = _compiled()
         for _ in range(settings.rounds):
-            for variant in running.values():
-                variant.taken.append(_generate(variant, prompt, mode == "static", settings, variant.new_tokens))
+            for name, variant in list(running.items()):
+                try:
+                    variant.taken.append(_generate(variant, prompt(), static, settings, variant.new_tokens))
+                except Exception as error:
+                    leave_out(name, error)
         again = _compiled()["graphs"] - before["graphs"]
     if again:
         say(f"{again} graphs were compiled while times were taken: the slowest steps are theirs")
-    rows = [
-        {"mode": mode, "batch": batch, "variant": name, **_times(running[name], batch)}
-        if name in running
-        else {"mode": mode, "batch": batch, "variant": name, "failed": failed[name]}
-        for name in variants
-    ]
+    rows = {
+        name: {"mode": mode, "batch": batch, "variant": name}
+        | (_times(running[name], batch) if name in running else {"failed": failed[name]})
+        for name in names
+    }
     common = {
         "prompt_tokens": settings.prompt_tokens, "asked_tokens": settings.new_tokens, "rounds": settings.rounds,
         "graphs_while_timed": again,
     }  # fmt: skip
-    common |= _compared(rows)
-    common |= _looked_at(running, rows, settings.prompt_tokens)
-    if settings.kernels:  # last: where torch's profiler was, graphs may be slower
-        for row in (row for row in rows if row["variant"] in running):
-            variant = running[row["variant"]]
-            row["kernels"] = kernels_of_a_step(
-                lambda tokens, variant=variant: _generate(variant, prompt, mode == "static", settings, tokens),
-                settings.new_tokens,
-            )
-    return [{**row, **common} for row in rows]
+    common |= _compared(list(rows.values()))
+    for row in rows.values():
+        row.update(common)
+    if running:
+        _look_at(running, rows, prompt(), static, settings, say)
+    return list(rows.values())
 
 
 def _generate(variant: _Variant, prompt, static: bool, settings: Settings, new_tokens: int) -> Generation:
@@ -102,8 +100,7 @@ def _warm(variant: _Variant, prompt, static: bool, settings: Settings) -> float:
     # The cache of a first generation decides the shapes that are compiled, so with a static one it is a full one.
     first = _generate(variant, prompt, static, settings, settings.new_tokens if static else _FEW)
     seconds = time.perf_counter() - start
-    affordable = int(settings.most_seconds / first.step)
-    variant.new_tokens = min(settings.new_tokens, max(_FEW, affordable))
+    variant.new_tokens = int(min(settings.new_tokens, max(_FEW, settings.most_seconds / first.step)))
     step = first.step
     if static:  # CUDA graphs are recorded after a first run of each, and there may be one for each position
         for _ in range(_MOST_WARM):
@@ -161,21 +158,24 @@ def _compared(rows: list[dict]) -> dict:
     return {"fastest_stock": stock}
 
 
-def _looked_at(running: dict[str, _Variant], rows: list[dict], prompt_tokens: int) -> dict:
-    """How many experts a step reads, and how long that alone takes. Adds to our row how far our logits are from stock's
-    on the text that stock wrote, and how far those of two of transformers' own paths are from each other."""
-    judge = next((name for name in running if name in STOCK), None)
-    if judge is None:
-        return {}
-    text = running[judge].taken[-1].tokens
-    logits, distinct = logits_and_distinct(running[judge].model, text)
-    if "patched" in running:
-        ours, _ = logits_and_distinct(running["patched"].model, text)
-        generated = running["patched"].taken[-1].tokens
-        new = slice(prompt_tokens, min(text.shape[1], generated.shape[1]))
-        row = next(row for row in rows if row["variant"] == "patched")
-        row["largest_logit_difference"] = (logits - ours).abs().max().item()
-        row["stock_logit_difference"] = (logits - logits_of_another_path(running[judge].model, text)).abs().max().item()
-        row["logit_standard_deviation"] = logits.std().item()
-        row["equal_tokens"] = (text[:, new] == generated[:, new]).float().mean().item()
-    return {"distinct_experts": distinct, "read_floor_ms": read_milliseconds(running[judge].model, distinct)}
+def _look_at(
+    running: dict[str, _Variant], rows: dict[str, dict], prompt, static: bool, settings: Settings, say
+) -> None:
+    """Adds to the rows what is looked at beside the times."""
+    looks, judge = Looks(say), next((variant for name, variant in running.items() if name in STOCK), None)
+    if judge:
+        text = judge.taken[-1].tokens
+        looks.floor(list(rows.values()), judge.model, text)
+        if "patched" in running:
+            ours, row = running["patched"], rows["patched"]
+            looks.tokens(row, text, ours.taken[-1].tokens, settings.prompt_tokens)
+            looks.logits(row, judge.model, ours.model, text)
+    if settings.kernels:  # last: where torch's profiler was, graphs may be slower
+        for name, variant in running.items():
+
+            def run(tokens: int, variant=variant) -> Generation:
+                return _generate(variant, prompt, static, settings, tokens)
+
+            looks.look(
+                [rows[name]], "kernels", lambda run=run: {"kernels": kernels_of_a_step(run, settings.new_tokens)}
+            )

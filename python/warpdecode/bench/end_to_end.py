@@ -7,28 +7,25 @@ Variants run in turn in one process, on the same weights. A row is the time of a
 batch is tokens per second; the speed of the whole call, prompt and first token included, is beside it.
 
 Modes: `static` is generate(cache_implementation="static"), whose step transformers compiles on a GPU, into CUDA graphs;
-`eager` is generate() as it is. Variants: `stock` is what generate() chooses where nobody asks for anything (on a GPU
-batched_mm in decode steps); `eager`, `batched_mm` and `grouped_mm` are transformers' implementations by their names;
-`patched` is warpdecode.hf.patch(model, strict=True); `null`; `read`, null experts behind a plain read of as many
-experts as ids drawn evenly name.
+where it compiled nothing, as on the CPU, that is said. `eager` is generate() as it is. Variants: `stock` is what
+generate() chooses where nobody asks for anything (on a GPU batched_mm in decode steps); `eager`, `batched_mm` and
+`grouped_mm` are transformers' implementations by their names; `patched` is warpdecode.hf.patch(model, strict=True);
+`null`; `read`, null experts behind a plain read of as many experts as ids drawn evenly name.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import sys
-import time
-from collections.abc import Iterator
 
-import torch
-
-from warpdecode.bench import environment, options
-from warpdecode.bench.decode_rounds import Settings, measure
-from warpdecode.bench.random_models import MODELS, build
+import warpdecode
+from warpdecode.bench import options
+from warpdecode.bench.command import command
+from warpdecode.bench.decode_settings import Settings
+from warpdecode.bench.random_models import MODELS
 from warpdecode.bench.step_kernels import LEAST
-from warpdecode.bench.variants import DEFAULT, NAMES, model_of, registered
+from warpdecode.bench.variant_names import DEFAULT, NAMES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     """Puts what the texts of the options say in their place. Raises ValueError, naming the option."""
     options.checked("--device", options.device, args.device)
+    options.checked("--seconds", options.positive, args.seconds)
     args.models = options.checked("--models", options.names, args.models, MODELS)
     args.modes = options.checked("--modes", options.names, args.modes, DEFAULT)
     if args.variants is not None:
@@ -74,30 +72,6 @@ def _check(args: argparse.Namespace) -> None:
         options.checked("--" + name.replace("_", "-"), options.at_least, getattr(args, name), number)
     if args.kernels and args.device != "cuda":
         raise ValueError(f"--kernels was given with --device {args.device}, expected a CUDA device")
-
-
-def rows(args: argparse.Namespace, sizes: dict, compile_config=None) -> Iterator[dict]:
-    """The rows of all models, modes and batches. sizes: what of a model's configuration is to differ."""
-    settings = Settings(args.new_tokens, args.prompt_tokens, args.rounds, args.seconds, compile_config, args.kernels)
-    start = time.perf_counter()
-    with registered():
-        for name in args.models:
-            overrides = {**sizes, **({"num_hidden_layers": args.layers} if args.layers is not None else {})}
-            model = build(name, args.device, **overrides)
-            common = {"model": name, "layers": model.config.num_hidden_layers, "device": args.device}
-            for mode in args.modes:
-                models = {variant: model_of(model, variant) for variant in args.variants or DEFAULT[mode]}
-                for batch in args.batch:
-                    where = f"{name}, {mode}, batch {batch}"
-                    _say(f"{where} (after {time.perf_counter() - start:.0f} s)")
-                    found = measure(models, mode, batch, settings, lambda text, where=where: _say(f"{where}: {text}"))
-                    yield from ({**common, **row} for row in found)
-                del models
-            del model
-            torch._dynamo.reset()  # compiled steps hold the weights
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
 
 
 def _say(text: str) -> None:
@@ -123,9 +97,16 @@ def _line(row: dict) -> str:
     )
 
 
+@command("warpdecode.bench.end_to_end")
 def main(argv: list[str] | None = None, sizes: dict | None = None, compile_config=None) -> int:
-    """Command line. Returns the exit code: 0 all rows were measured, 1 some failed, 2 wrong usage."""
-    args, failed = _parser().parse_args(argv), False
+    """Command line. Returns the exit code: 0 all was measured, 1 something could not be, 2 wrong usage.
+
+    sizes: what of a model's configuration is to differ. compile_config: of transformers.
+    """
+    args = _parser().parse_args(argv)
+    from warpdecode.bench import machine, timers, variants
+    from warpdecode.bench.decode_models import Models
+
     with contextlib.ExitStack() as stack:
         try:
             _check(args)
@@ -133,12 +114,23 @@ def main(argv: list[str] | None = None, sizes: dict | None = None, compile_confi
         except ValueError as error:
             print(f"warpdecode.bench.end_to_end: {error}", file=sys.stderr)
             return 2
-        found = environment(args.device, args.commit)
-        for row in rows(args, sizes or {}, compile_config):
+        try:
+            warpdecode.get_num_threads()
+            stack.enter_context(variants.registered())
+        except (RuntimeError, ValueError) as error:  # an environment variable; the version of transformers
+            print(f"warpdecode: {str(error).removeprefix('warpdecode: ')}", file=sys.stderr)
+            return 1
+        if args.device == "cpu":
+            stack.enter_context(timers.torch_threads())
+        found = machine.environment(args.device, args.commit, args)
+        settings = Settings(
+            args.new_tokens, args.prompt_tokens, args.rounds, args.seconds, compile_config, args.kernels
+        )
+        models = Models(args, settings, sizes or {}, _say)
+        for row in models.rows():
             print(_line(row), flush=True)
-            failed |= "failed" in row
             append({**row, "environment": found})
-    return int(failed)
+    return 0 if models.complete else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ from warpdecode.shapes import Shape
 _SPARE_BYTES = 8 * 10**9
 
 
+def _seeded(device: str, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed % 2**63)  # any whole number is a seed
+
+
 class Layers:
     """One layer's weights, copied so often that a call finds nothing in the cache that an earlier call has read."""
 
@@ -26,7 +30,7 @@ class Layers:
             self.copies = max(self.copies, min(wanted, spare // layer_bytes))
         # A copy's two matrices lie in one piece, so that one plain read can have the bytes of any number of experts.
         first = torch.empty(layer_bytes // dtype.itemsize, dtype=dtype, device=device)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = _seeded(device, seed)
         for weights in self._matrices(first):
             weights.normal_(0, weights.shape[-1] ** -0.5, generator=generator)
         # The cache knows addresses, not values: drawing once is enough.
@@ -47,7 +51,7 @@ class Layers:
 
         calls_of: given a call's distinct bytes, how many calls a round has.
         """
-        generator = torch.Generator(self.device).manual_seed(1_000_003 * (self.seed + 1) + tokens)
+        generator = _seeded(self.device, 1_000_003 * (self.seed + 1) + tokens)
         first = self._call(tokens, routing, generator)
         calls = calls_of(self.distinct(first[1]) * self.expert_bytes)
         return [first, *(self._call(tokens, routing, generator) for _ in range(calls - 1))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import warpdecode
+from warpdecode.bench import options
 
 if TYPE_CHECKING:  # `warpdecode bench --help` names the layouts without torch
     import torch
@@ -27,12 +28,10 @@ _GPT_OSS_GATE = {"activation": "silu", "alpha": 1.702, "limit": 7.0, "up_offset"
 
 
 def chosen(text: str) -> list[str]:
-    """The layouts of a comma-separated list of names, or "all". Raises ValueError for others."""
-    names = list(NAMES) if text == "all" else [name for name in text.split(",") if name]
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise ValueError(f"was {', '.join(unknown)}, expected all or some of {', '.join(NAMES)}")
-    return names
+    """The layouts of a comma-separated list of names, or "all"; none of an empty text. Raises ValueError for others."""
+    if not text:
+        return []
+    return list(NAMES) if text.strip() == "all" else options.names(text, NAMES, "all or some of")
 
 
 def label(layout: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -26,13 +27,13 @@ def _output(*command: str) -> str | None:
 
 
 def _smi(fields: str) -> list[str] | None:
-    """nvidia-smi's values for the current CUDA device."""
+    """nvidia-smi's values for the current CUDA device; None where it does not say them of this one."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     # torch counts the visible devices only, nvidia-smi all of them: the identifier is common to both
-    found = _output(*query, "-i", f"GPU-{uuid}") if uuid else None
-    found = found or _output(*query)
-    return [value.strip() for value in found.splitlines()[0].split(",")] if found else None
+    found = _output(*query, *(("-i", f"GPU-{uuid}") if uuid else ()))
+    lines = found.splitlines() if found else []
+    return [value.strip() for value in lines[0].split(",")] if len(lines) == 1 else None
 
 
 def clocks() -> dict | None:
@@ -60,8 +61,11 @@ def commit_of(path: Path) -> str | None:
     return commit and commit + ("-dirty" if changes else "")
 
 
-def environment(device: str, commit: str | None = None) -> dict:
-    """The part of a row that says where and with what it was measured. commit: where it is known otherwise."""
+def environment(device: str, commit: str | None = None, args: argparse.Namespace | None = None) -> dict:
+    """The part of a row that says where and with what it was measured.
+
+    commit: where it is known otherwise. args: the command's, of which `options` has what was given or is the default.
+    """
     found = {
         "warpdecode": warpdecode.version(),
         "commit": commit or commit_of(Path(warpdecode.__file__)),
@@ -70,7 +74,10 @@ def environment(device: str, commit: str | None = None) -> dict:
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "threads": warpdecode.get_num_threads(),
+        "torch_threads": torch.get_num_threads(),
     }
+    if args is not None:
+        found["options"] = _options(args)
     for package in ("transformers", "triton", "vllm"):
         version = _version(package)
         if version:
@@ -80,9 +87,25 @@ def environment(device: str, commit: str | None = None) -> dict:
         found["driver_cuda"] = warpdecode.cuda_devices()[0].driver_cuda
         found["driver"] = (_smi("driver_version") or [None])[0]
     else:
-        found["processor"] = platform.processor() or platform.machine()
+        found["processor"] = _processor()
         found["kernel"] = next(k.name for k in warpdecode.kernels() if k.device == "cpu" and k.usable)
     return found
+
+
+def _options(args: argparse.Namespace) -> dict:
+    """The options that say what was measured; those that were left away and have no default are not among them."""
+    told = {name: value for name, value in vars(args).items() if name not in ("command", "commit", "output")}
+    return {name: value for name, value in told.items() if value not in (None, "") and value is not False}
+
+
+def _processor() -> str:
+    """The processor's model; Linux has it in a file, and platform knows the architecture alone there."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == "model name")
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

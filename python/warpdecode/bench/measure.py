@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from warpdecode.bench import candidates as ours
 from warpdecode.bench import options, peer_vllm, peers
+from warpdecode.bench.failures import reason, say
 from warpdecode.bench.kernels_seen import kernels_seen, unexpected
 from warpdecode.bench.layers import Layers
 from warpdecode.bench.layouts import label
 from warpdecode.bench.machine import clocks
 from warpdecode.bench.reference import reference, relative, sample
-from warpdecode.bench.timers import CpuTimer, CudaTimer, reason
+from warpdecode.bench.timers import CpuTimer, CudaTimer
 
 _warned: set[str] = set()
 
@@ -28,73 +31,96 @@ def measure(
     """
     dtype = getattr(torch, dtype_name)
     timer = (CudaTimer if options.device(device) == "cuda" else CpuTimer)(repeats)
+    left_out: dict[tuple[str, str], list[int]] = {}
+    peer_names, fewer = _usable(peers, device), False
     with torch.no_grad():
         layers = Layers(shape, dtype, device, timer.cache_bytes, seed)
         for tokens in tokens_list:
-            yield _row(layers, tokens, routing, timer, kernels, _usable(peers, device), parts, eager, profile, layouts)
+            row = _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts)
+            for what in row["left_out"].items():
+                left_out.setdefault(what, []).append(tokens)
+            if row["repeats"] < timer.repeats and not fewer:
+                fewer = True
+                say(
+                    f"{shape.name}, from T {tokens} on: {row['repeats']} repeats, not {timer.repeats}, which take over "
+                    f"{timer.row_seconds:g} s; each row says how many it has"
+                )
+            yield row
+    for (name, why), at in left_out.items():
+        say(f"{shape.name}, T {', '.join(map(str, at))}: {name} left out: {why}")
 
 
 def _usable(names, device):
     if isinstance(names, bool):
-        names = peers.chosen(None, device) if names else []
+        names = peers.chosen(None, device)[0] if names else []
     return [name for name in names if name != "vllm-invariant"]  # that one needs a process of its own: child.py
 
 
 def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts):
-    shape, device, failed = layers.shape, layers.device, {}
+    shape, device = layers.shape, layers.device
     inputs = layers.inputs(
         tokens, routing, lambda call_bytes: timer.calls(layers.copies, call_bytes, ours.flops(layers, tokens))
     )
     distinct = [layers.distinct(ids) for _, ids, _ in inputs]
-    sink = torch.empty(16, dtype=torch.uint8, device=device)
-    found = {"warpdecode": ours.layer(layers, inputs, None)}
-    found.update((name, ours.layer(layers, inputs, name)) for name in kernels)
-    found.update((label(name), ours.in_layout(layers, inputs, name)) for name in layouts)
-    if parts:
-        try:
-            found.update(ours.parts(layers, inputs))
-        except torch.OutOfMemoryError as error:  # each call keeps an intermediate: long calls may not have the room
-            failed["gate_up and down alone"] = reason(error)
-    found["read ceiling"] = ours.ceiling(layers, distinct, sink, split=False)
-    found["two reads"] = ours.ceiling(layers, distinct, sink, split=True)
-    peer_candidates = peers.candidates(peer_names, layers, inputs, eager=eager)
-    found.update(peer_candidates)
-
+    peer_candidates, left_out, failed = peers.candidates(peer_names, layers, inputs, eager=eager)
+    found = _ours(layers, inputs, distinct, kernels, layouts, parts, failed) | peer_candidates
     errors, floor, not_run = _errors(layers, inputs[0], {"warpdecode": found["warpdecode"], **peer_candidates})
     failed.update(not_run)
-    found = {name: candidate for name, candidate in found.items() if name not in failed}
-    times = timer.time(found)
+    times = timer.time({name: candidate for name, candidate in found.items() if name not in failed})
     state = clocks() if device == "cuda" else None
     failed.update(timer.failed)
     timed = {name: found[name] for name in times}
-    row = {
+    row: dict = {
         "shape": shape.name, "experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden,
         "intermediate": shape.intermediate, "activation": shape.activation, "dtype": str(layers.dtype).split(".")[-1],
         "device": device, "routing": routing, "seed": layers.seed, "tokens": tokens,
         "calls": len(inputs), "copies": layers.copies, "repeats": timer.taken,
         "distinct_bytes": round(sum(distinct) / len(distinct) * layers.expert_bytes),
         "gross_bytes": tokens * shape.top_k * layers.expert_bytes,
-        "peers": [name for name in peer_candidates if name in times],
-        "layouts": [name for name in layouts if label(name) in times],
-        "error": errors.pop("warpdecode"), "peer_errors": {name: errors[name] for name in errors if name in times},
-        "rounding_floor": floor,
-        "microseconds": times,
+        "error": errors["warpdecode"], "rounding_floor": floor,
     }  # fmt: skip
-    row.update(derived(row, {name: candidate.flops for name, candidate in timed.items()}))
     if "vllm" in times:
         row["vllm_config"] = peer_vllm.configuration(layers, tokens)
     if device == "cuda":
         row["clocks"] = state
     if eager:
         row["eager_microseconds"] = timer.time_eager(
-            {name: timed[name] for name in ("warpdecode", *kernels, *row["peers"]) if name in timed}
+            {name: timed[name] for name in ("warpdecode", *kernels, *peer_candidates) if name in timed}
         )
+        failed.update((f"{name}, eager", why) for name, why in timer.failed.items())
     if profile and device == "cuda":
-        row["kernels_seen"] = _seen({name: candidate.calls[0] for name, candidate in timed.items()})
-    row["failed"] = failed
+        row["kernels_seen"], wrong = _seen(timed)
+        failed.update(wrong)
+        times = {name: time for name, time in times.items() if name not in wrong}
+    row.update(
+        microseconds=times,
+        peers=[name for name in peer_candidates if name in times],
+        layouts=[name for name in layouts if label(name) in times],
+        peer_errors={name: errors[name] for name in peer_candidates if name in times},
+        left_out=left_out, failed=failed,
+    )  # fmt: skip
+    row.update(derived(row, {name: found[name].flops for name in times}))
     for name, why in failed.items():
-        peers.say(f"{shape.name}, T {tokens}: {name} left out: {why}")
+        say(f"{shape.name}, T {tokens}: {name} left out: {why}")
     return row
+
+
+def _ours(layers, inputs, distinct, kernels, layouts, parts, failed):
+    """The library's candidates and the ceilings. What of it could be done without and cannot be made is in failed."""
+    sink = torch.empty(16, dtype=torch.uint8, device=layers.device)
+    more = {name: (lambda name=name: {name: ours.layer(layers, inputs, name)}) for name in kernels}
+    more |= {label(name): (lambda name=name: {label(name): ours.in_layout(layers, inputs, name)}) for name in layouts}
+    if parts:  # each call keeps an intermediate: long calls may not have the room
+        more["gate_up and down alone"] = lambda: ours.parts(layers, inputs)
+    found = {"warpdecode": ours.layer(layers, inputs, None)}
+    for name, make in more.items():
+        try:
+            found.update(make())
+        except Exception as error:
+            failed[name] = reason(error)
+    found["read ceiling"] = ours.ceiling(layers, distinct, sink, split=False)
+    found["two reads"] = ours.ceiling(layers, distinct, sink, split=True)
+    return found
 
 
 def _errors(layers, first_call, candidates):
@@ -110,7 +136,18 @@ def _errors(layers, first_call, candidates):
             if candidate.required:
                 raise
             failed[name] = reason(error)
+            continue
+        if not (candidate.required or math.isfinite(errors[name])):
+            failed[name] = "its output is not finite"
     return errors, relative(expected.to(layers.dtype), expected), failed
+
+
+def wrong(row: dict) -> str | None:
+    """A sentence where our output is further from float64's than its own rounding and sums in float32 explain."""
+    explained = 1.1 * row["rounding_floor"] + 2**-24 * (row["hidden"] + row["intermediate"]) ** 0.5
+    if row["error"] <= explained:  # not where it is nan
+        return None
+    return f"our output is wrong: its error is {row['error']:.3g}, expected at most {explained:.3g}"
 
 
 def derived(row: dict, flops: dict[str, float]) -> dict:
@@ -126,19 +163,21 @@ def derived(row: dict, flops: dict[str, float]) -> dict:
     }
 
 
-def _seen(calls):
-    why = "torch's profiler sees no kernels"
+def _seen(timed):
+    """The kernels that each candidate ran (None where the profiler sees none), and which of them ran wrong ones."""
+    why, calls = "torch's profiler sees no kernels", {name: candidate.calls[0] for name, candidate in timed.items()}
     for last in (False, True):  # a recording may lose events, a wrong kernel is wrong twice
         try:
             seen = kernels_seen(calls)
         except Exception as error:
             seen, why = None, reason(error)
-        wrong = seen and unexpected(seen)
-        if wrong and last:
-            raise RuntimeError(wrong)
-        if seen and not wrong:
-            return seen
+        wrong = unexpected(seen) if seen else {}
+        required = [name for name in wrong if timed[name].required]
+        if last and required:
+            raise RuntimeError(f"{required[0]}: {wrong[required[0]]}")
+        if seen and (last or not wrong):
+            return seen, wrong
     if "profiler" not in _warned:
         _warned.add("profiler")
-        peers.say(f"kernels_seen is null: {why}")
-    return None
+        say(f"kernels_seen is null: {why}")
+    return None, {}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from warpdecode.bench.candidates import Candidate, flops
+from warpdecode.bench.row import LONG
 
-LONG = 512  # tokens from which a loop over the experts and a copy of the weights per route are not timed
 _MOST_COPIED_BYTES = 4 * 10**9
 _EAGER_CALLS = 4
 
@@ -49,8 +49,9 @@ def _call(module, implementation, *inputs):
     return module(*inputs)
 
 
-def candidates(layers, inputs: list, *, eager: bool) -> dict[str, Candidate]:
-    """transformers' paths that make sense for this number of tokens. eager: the loop over the experts on CUDA, too."""
+def candidates(layers, inputs: list, *, eager: bool) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """transformers' paths that make sense for this number of tokens, and of the others why not. eager: the loop over
+    the experts on CUDA, too."""
     tokens = len(inputs[0][0])
     modules = [
         _module(gate_up, down, layers.shape.activation)
@@ -68,10 +69,13 @@ def candidates(layers, inputs: list, *, eager: bool) -> dict[str, Candidate]:
         calls = calls[:_EAGER_CALLS] if loop and layers.device == "cuda" else calls
         return Candidate(calls, flops(layers, tokens), capturable=not loop)
 
-    names = ["grouped_mm"]
-    if tokens < LONG:
-        if eager or layers.device != "cuda":
-            names.insert(0, "eager")
-        if tokens * layers.shape.top_k * layers.expert_bytes <= _MOST_COPIED_BYTES:  # one expert is copied per route
-            names.append("batched_mm")
-    return {f"transformers {name}": candidate(name) for name in names}
+    names = ["grouped_mm", "batched_mm"]
+    if eager or layers.device != "cuda":
+        names.insert(0, "eager")
+    left_out = {}
+    if tokens >= LONG:
+        left_out = {name: f"not timed from {LONG} tokens on" for name in names if name != "grouped_mm"}
+    elif tokens * layers.shape.top_k * layers.expert_bytes > _MOST_COPIED_BYTES:
+        left_out["batched_mm"] = f"it copies an expert per route, over {_MOST_COPIED_BYTES / 1e9:.0f} GB"
+    found = {f"transformers {name}": candidate(name) for name in names if name not in left_out}
+    return found, {f"transformers {name}": why for name, why in left_out.items()}

@@ -13,7 +13,7 @@ import os
 import torch
 
 from warpdecode.bench.candidates import Candidate, flops
-from warpdecode.bench.timers import reason
+from warpdecode.bench.failures import reason
 
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
 
@@ -27,8 +27,9 @@ def load():
     return kernel, activations
 
 
-def candidates(layers, inputs: list, *, eager: bool) -> dict[str, Candidate]:
-    """The fused layer; ids and weights as vLLM's own router gives them, int32 and float32. No input is changed."""
+def candidates(layers, inputs: list, *, eager: bool) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """The fused layer; ids and weights as vLLM's own router gives them, int32 and float32. No input is changed. Nothing
+    is left out on purpose."""
     kernel, activations = load()
     activation = activations.from_str(layers.shape.activation)
     calls = [
@@ -38,20 +39,22 @@ def candidates(layers, inputs: list, *, eager: bool) -> dict[str, Candidate]:
         )
         for i, (x, ids, weights) in enumerate(inputs)
     ]  # fmt: skip
-    return {"vllm": Candidate(calls, flops(layers, len(inputs[0][0])))}
+    return {"vllm": Candidate(calls, flops(layers, len(inputs[0][0])))}, {}
 
 
 def configuration(layers, tokens: int) -> dict:
-    """The tuned table that vLLM found for this GPU and shape (None: its defaults) and what it takes from it."""
+    """Whether this process is batch-invariant, the tuned table that vLLM found for this GPU and shape (None: its
+    defaults) and what it takes from it."""
     kernel, _ = load()
-    shape = layers.shape
+    shape, found = layers.shape, {}
     try:  # functions of vLLM's own, which another version may have moved
+        found["batch_invariant"] = bool(kernel.envs.VLLM_BATCH_INVARIANT)
         table = kernel.get_config_file_name(shape.experts, shape.intermediate, None)
-        found = kernel.get_moe_configs(shape.experts, shape.intermediate, None, 0, 0) is not None
-        picked = kernel.try_get_optimal_moe_config(
-            layers.gate_up[0].shape, layers.down[0].shape, shape.top_k, None, tokens
+        tuned = kernel.get_moe_configs(shape.experts, shape.intermediate, None, 0, 0) is not None
+        found["table"] = table if tuned else None
+        found["config"] = dict(
+            kernel.try_get_optimal_moe_config(layers.gate_up[0].shape, layers.down[0].shape, shape.top_k, None, tokens)
         )
-        mode = bool(kernel.envs.VLLM_BATCH_INVARIANT)
-        return {"table": table if found else None, "config": dict(picked), "batch_invariant": mode}
     except Exception as error:
-        return {"unknown": reason(error)}
+        found["unknown"] = reason(error)
+    return found

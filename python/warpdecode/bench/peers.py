@@ -4,53 +4,54 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 
-from warpdecode.bench import peer_transformers, peer_vllm
+from warpdecode.bench import options, peer_transformers, peer_vllm
 from warpdecode.bench.candidates import Candidate
-from warpdecode.bench.timers import reason
+from warpdecode.bench.failures import reason, say
 
 NAMES = ("transformers", "vllm", "vllm-invariant")
+_IMPORT = "importing it failed: "
 _MODULES = {"transformers": peer_transformers, "vllm": peer_vllm}
 
 
-def say(text: str) -> None:
-    """One line on stderr: whatever is left out is left out with a reason."""
-    print(f"warpdecode bench: {text}", file=sys.stderr, flush=True)
-
-
-def chosen(text: str | None, device: str) -> list[str]:
-    """The peers of a comma-separated list that can be used here; None: all that are installed.
+def chosen(text: str | None, device: str) -> tuple[list[str], dict[str, str]]:
+    """The peers of a comma-separated list that can be used here, and of its others why not; None: all that are
+    installed.
 
     What was asked for or is installed, but cannot be used, is said on stderr. Raises ValueError for other names.
     """
-    asked = list(NAMES) if text is None else [name for name in text.split(",") if name not in ("", "none")]
-    unknown = [name for name in asked if name not in NAMES]
-    if unknown:
-        raise ValueError(f"was {', '.join(unknown)}, expected none or some of {', '.join(NAMES)}")
-    found = []
-    for name in asked:
+    found, missing = [], {}
+    for name in list(NAMES) if text is None else _asked(text):
         package = name.split("-")[0]
         if package == "vllm" and device != "cuda":
-            if text is not None:
-                say(f"peer {name} left out: it runs on CUDA only")
+            missing[name] = "it runs on CUDA only"
         elif importlib.util.find_spec(package) is None:
-            if text is not None:
-                say(f"peer {name} left out: {package} is not installed")
-        elif name == "vllm-invariant" or _can_load(name):  # the former is imported in a process of its own
+            missing[name] = "not installed"
+        elif name != "vllm-invariant" and (why := _import_fails(name)):  # that one is imported in a process of its own
+            missing[name] = why
+        else:
             found.append(name)
-    return found
+            continue
+        if text is not None or missing[name].startswith(_IMPORT):
+            say(f"peer {name} left out: {missing[name]}")
+    return found, missing
 
 
-def _can_load(name: str) -> bool:
+def _asked(text: str) -> list[str]:
+    try:
+        return [] if text.strip() == "none" else options.names(text, NAMES)
+    except ValueError as error:
+        raise ValueError(str(error).replace("expected", "expected none or", 1)) from None
+
+
+def _import_fails(name: str) -> str | None:
     if name == "vllm":
         os.environ.pop("VLLM_BATCH_INVARIANT", None)  # of this process: plain vLLM is what is meant
     try:
         load(name)
     except Exception as error:  # imports of large packages fail in many ways
-        say(f"peer {name} left out: importing it failed: {reason(error)}")
-        return False
-    return True
+        return f"{_IMPORT}{reason(error)}"
+    return None
 
 
 def load(name: str) -> None:
@@ -58,9 +59,20 @@ def load(name: str) -> None:
     _MODULES[name].load()
 
 
-def candidates(names: list[str], layers, inputs: list, *, eager: bool) -> dict[str, Candidate]:
-    """The peers' candidates by the names of a row. eager: transformers' slow loop over the experts, too."""
-    found = {}
+def candidates(
+    names: list[str], layers, inputs: list, *, eager: bool
+) -> tuple[dict[str, Candidate], dict[str, str], dict[str, str]]:
+    """The peers' candidates by the names of a row, why some are left out on purpose, and why some could not be made.
+
+    eager: transformers' slow loop over the experts, too.
+    """
+    found, left_out, failed = {}, {}, {}
     for name in names:
-        found.update(_MODULES[name].candidates(layers, inputs, eager=eager))
-    return found
+        try:
+            more, without = _MODULES[name].candidates(layers, inputs, eager=eager)
+        except Exception as error:
+            failed[name] = reason(error)
+        else:
+            found.update(more)
+            left_out.update(without)
+    return found, left_out, failed

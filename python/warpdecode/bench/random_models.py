@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the command's --help names the models without torch
+    import torch
 
 QWEN3_30B_A3B = {
     "num_hidden_layers": 48, "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
@@ -45,6 +47,8 @@ MODELS: dict[str, Callable] = {"qwen3-30b-a3b": _qwen3, "gemma4-26b-a4b": _gemma
 
 def build(name: str, device: str, **sizes) -> torch.nn.Module:
     """The model in bfloat16, random weights, made on the device. sizes: what of its configuration is to differ."""
+    import torch
+
     kind, config = MODELS[name](**sizes)
     torch.manual_seed(0)
     with torch.device(device):

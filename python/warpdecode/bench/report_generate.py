@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from warpdecode.bench.report_parts import conditions, grouped, markdown
-
-_HOW = {"static": "static cache (compiled)", "eager": "eager"}
+from warpdecode.bench.report_parts import conditions, grouped, markdown, sections, span
+from warpdecode.bench.row import largest, number
 
 
 def generate_table(rows: list[dict]) -> str:
-    """Decode steps of generate() with each variant of the experts: a part for each model and mode."""
-    return "\n\n".join(_section(part) for part in grouped(rows, "model", "layers", "mode").values())
+    """Decode steps of generate() with each variant of the experts: a part for each model, mode and length."""
+    keys = ("model", "layers", "device", "mode", "prompt_tokens", "asked_tokens")
+    return "\n\n".join(_section(part) for part in sections(rows, *keys))
 
 
 def _section(rows: list[dict]) -> str:
@@ -22,8 +22,8 @@ def _section(rows: list[dict]) -> str:
     ]  # fmt: skip
     parts = [
         f"`generate()`, {first['model']}, {first['layers']} layers of random weights, bfloat16, greedy, "
-        f"{_HOW[first['mode']]}, {first['prompt_tokens']} prompt tokens and {first['asked_tokens']} new ones, "
-        f"decode steps of {first['rounds']} rounds in turn, medians; {conditions(first)}.",
+        f"{_mode(rows)}, {first['prompt_tokens']} prompt tokens and {first['asked_tokens']} new ones, "
+        f"decode steps of {span(row['rounds'] for row in rows)} rounds in turn, medians; {conditions(rows)}.",
         markdown(heads, lines),
     ]
     aims = [found for found in (_aim(part) for part in batches.values()) if found]
@@ -31,18 +31,30 @@ def _section(rows: list[dict]) -> str:
         parts.append(f"A step of null experts and one read of the distinct experts of a step: {'; '.join(aims)}.")
     logits = [row for row in rows if "largest_logit_difference" in row]
     if logits:
-        largest = max(row["largest_logit_difference"] for row in logits)
-        deviation = min(row["logit_standard_deviation"] for row in logits)
-        own = [row["stock_logit_difference"] for row in logits if "stock_logit_difference" in row]
+        difference = largest([number(row["largest_logit_difference"]) for row in logits])
+        deviation = -largest([-number(row["logit_standard_deviation"]) for row in logits])
+        own = [number(row["stock_logit_difference"]) for row in logits if "stock_logit_difference" in row]
         parts.append(
-            f"Logits of the same text, patched against stock: largest difference {largest:.3f}, where their standard "
-            f"deviation is {deviation:.2f}"
-            + (f"; two of transformers' own paths against each other: {max(own):.3f}." if own else ".")
+            f"Logits of the same text, patched against stock: largest difference {difference:.3f}, where their "
+            f"standard deviation is {deviation:.2f}"
+            + (f"; two of transformers' own paths against each other: {largest(own):.3f}." if own else ".")
         )
     failed = [f"{row['variant']} at batch {row['batch']} ({row['failed']})" for row in rows if "failed" in row]
     if failed:
         parts.append(f"Left out: {', '.join(failed)}.")
+    unseen = dict.fromkeys(row["not_looked_at"] for row in rows if "not_looked_at" in row)
+    if unseen:
+        parts.append(f"Not looked at behind the timing: {', '.join(unseen)}.")
     return "\n\n".join(parts)
+
+
+def _mode(rows: list[dict]) -> str:
+    """transformers compiles the step of a static cache on a GPU alone; the rows say whether it did."""
+    if rows[0]["mode"] != "static":
+        return rows[0]["mode"]
+    compiled = [bool(row["compiled"] and row["compiled"]["graphs"]) for row in rows if "failed" not in row]
+    how = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "compiled in part"
+    return f"static cache ({how})"
 
 
 def _line(row: dict) -> list[str]:
@@ -62,10 +74,11 @@ def _line(row: dict) -> list[str]:
 def _aim(rows: list[dict]) -> str | None:
     """What a batch's step would take if the experts were read at the ceiling's speed, and how near ours comes."""
     steps = {row["variant"]: row["step_ms"]["median"] for row in rows if "step_ms" in row}
-    if "read_floor_ms" not in rows[0] or not {"null", "patched"} <= set(steps):
+    looked = next((row for row in rows if "read_floor_ms" in row), None)
+    if looked is None or not {"null", "patched"} <= set(steps):
         return None
-    aim = steps["null"] + rows[0]["read_floor_ms"]
+    aim = steps["null"] + looked["read_floor_ms"]
     return (
-        f"batch {rows[0]['batch']} ({rows[0]['distinct_experts']:.1f} experts a layer) {aim:.2f} ms, of which ours is "
+        f"batch {looked['batch']} ({looked['distinct_experts']:.1f} experts a layer) {aim:.2f} ms, of which ours is "
         f"{aim / steps['patched']:.2f}"
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from warpdecode.bench.kernels_seen import recorded, shortened
-
 LEAST, _MOST = 4, 12  # new tokens of the longer of two generations, which differ by half of its steps
 _LISTED = 24
 
 
 def _times(call: Callable) -> dict[str, tuple[int, float]]:
     """Launches and microseconds of each kernel, by its short name."""
+    from warpdecode.bench.kernels_seen import recorded, shortened  # torch, which the command's --help does without
+
     found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for event in recorded(call):
         count, time = found[shortened(event.name)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+import warpdecode
 from warpdecode.bench.candidates import Candidate
+from warpdecode.bench.failures import reason
 
 # Rough speeds of a large GPU, bytes and operations a second. Only the number of calls in a round depends on them.
 _READ, _COMPUTE = 4e12, 400e12
@@ -24,33 +28,30 @@ def summary(samples: list[float]) -> dict:
     return {"median": statistics.median(samples), "p10": tenths[0], "p90": tenths[-1]}
 
 
-def _measure(
-    runners: dict[str, Callable[[], float]], repeats: int, warm: int, most_seconds: float
-) -> dict[str, list[float]]:
-    """Samples of each runner, which returns seconds; fewer than `repeats` where they would take most_seconds.
+@contextlib.contextmanager
+def torch_threads() -> Iterator[None]:
+    """torch works on as many CPU threads as this library, so that neither is timed on more of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(warpdecode.get_num_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    The order is new in each repeat: who runs behind whom decides what a large cache still holds.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in runners}
-    repeat = 0
-    while repeat < repeats + warm:
-        items, start = list(runners.items()), time.perf_counter()
-        random.shuffle(items)
-        for name, run in items:
-            seconds = run()
-            if repeat >= warm:
-                samples[name].append(seconds)
-        if repeat == warm - 1:
-            affordable = int(most_seconds / (time.perf_counter() - start))
-            repeats = min(repeats, max(3, affordable))
-        repeat += 1
-    return samples
+
+def _summaries(candidates: dict[str, Candidate], samples: dict[str, list[float]]) -> dict[str, dict]:
+    """Microseconds of a call, of the seconds of rounds."""
+    return {
+        name: summary([1e6 * seconds / len(candidates[name].calls) for seconds in values])
+        for name, values in samples.items()
+    }
 
 
 class Timer:
     """Microseconds per call of candidates. A subclass says how a round is run and how long it takes.
 
-    failed: what could not be run of the last candidates, and why. taken: how many times the last ones were measured.
+    failed: what could not be run of the last candidates, and why; such a one has no times, wherever it failed. taken:
+    how many times the others were measured.
     """
 
     warm = 1
@@ -70,26 +71,49 @@ class Timer:
 
     def time(self, candidates: dict[str, Candidate]) -> dict[str, dict]:
         """Summary of each candidate that could be run."""
-        runners, self.failed = {}, {}
-        for name, candidate in candidates.items():
+        samples = self._rounds(candidates, self._runner, self.warm)
+        self.taken = min(map(len, samples.values()), default=0)
+        return _summaries(candidates, samples)
+
+    def time_eager(self, candidates: dict[str, Candidate]) -> dict[str, dict]:
+        """Summary of a call's wall time from Python, all of a round enqueued before the one wait at its end."""
+        return _summaries(candidates, self._rounds(candidates, lambda each: functools.partial(self._wall, each.calls)))
+
+    def _rounds(self, candidates: dict[str, Candidate], runner_of: Callable, warm: int = 1) -> dict[str, list[float]]:
+        """Seconds of the rounds of each candidate that could run them all; fewer than `repeats` where those would take
+        longer than row_seconds.
+
+        The order is new in each repeat: who runs behind whom decides what a large cache still holds.
+        """
+        runners: dict[str, Callable[[], float]] = {}
+        self.failed = {}
+
+        def tried(name, step, *values):  # what a step returns; None once it has failed
             try:
-                runners[name] = self._runner(candidate)
+                return step(*values)
             except Exception as error:
-                if candidate.required:
+                if candidates[name].required:
                     raise
                 self.failed[name] = reason(error)
-        samples = _measure(runners, self.repeats, self.warm, self.row_seconds)
-        self.taken = min(map(len, samples.values()))
-        return {
-            name: summary([1e6 * seconds / len(candidates[name].calls) for seconds in values])
-            for name, values in samples.items()
-        }
+                runners.pop(name, None)
 
-    def time_eager(self, candidates: dict[str, Candidate]) -> dict[str, float]:
-        """Median wall time of a call from Python, all of a round enqueued before the one wait at its end."""
-        runners = {name: lambda calls=candidate.calls: self._wall(calls) for name, candidate in candidates.items()}
-        samples = _measure(runners, min(self.repeats, 5), 1, self.row_seconds)
-        return {name: 1e6 * statistics.median(values) / len(candidates[name].calls) for name, values in samples.items()}
+        for name, candidate in candidates.items():
+            if runner := tried(name, runner_of, candidate):
+                runners[name] = runner
+        samples: dict[str, list[float]] = {name: [] for name in runners}
+        repeat, repeats = 0, self.repeats
+        while repeat < repeats + warm:
+            items, start = list(runners.items()), time.perf_counter()
+            random.shuffle(items)
+            for name, run in items:
+                seconds = tried(name, run)
+                if repeat >= warm:
+                    samples[name].append(seconds)
+            if repeat == warm - 1:
+                affordable = int(self.row_seconds / (time.perf_counter() - start))
+                repeats = min(repeats, max(3, affordable))
+            repeat += 1
+        return {name: samples[name] for name in runners}
 
     def _wall(self, calls: list[Callable]) -> float:
         self.synchronize()
@@ -105,11 +129,6 @@ def cuda_calls(cache_bytes: int, call_bytes: int, call_flops: float) -> int:
     seconds = max(call_bytes / _READ, call_flops / _COMPUTE)
     few = min(max(math.ceil(_ROUND_SECONDS / seconds), 2), 16)
     return max(few, -(-4 * cache_bytes // call_bytes))
-
-
-def reason(error: Exception) -> str:
-    """An exception as one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 class CpuTimer(Timer):
@@ -128,13 +147,16 @@ class CpuTimer(Timer):
         return min(max(sizes), 256 << 20)
 
     def calls(self, copies: int, call_bytes: int, call_flops: float) -> int:
-        """How many calls a round has: each copy once, and so many that a round reads four times what the cache holds,
-        as far as 16 calls do.
+        """How many calls a round has: each copy once, and so many that a round reads four times what the cache holds.
 
         With less the next candidate, where it reads the same experts, found them there: the read ceiling, which follows
         or precedes the two reads, came out an eighth too fast.
         """
-        return max(4, copies, min(16, -(-4 * self.cache_bytes // call_bytes)))
+        return max(4, copies, -(-4 * self.cache_bytes // call_bytes))
+
+    def _rounds(self, *what):
+        with torch_threads():
+            return super()._rounds(*what)
 
     def _runner(self, candidate):
         candidate.calls[0]()  # what cannot run fails here
