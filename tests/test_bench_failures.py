@@ -9,10 +9,12 @@ pytest.importorskip("transformers")
 
 import torch
 
+import warpdecode
 from test_bench import PEERS, options, rows_of
 from warpdecode.bench import failures, measure, peer_transformers, peers, runner, timers
 from warpdecode.bench.candidates import Candidate
 from warpdecode.bench.child import INVARIANT_NAME, ChildFailed
+from warpdecode.bench.layers import Layers
 from warpdecode.cli import main
 from warpdecode.shapes import Shape
 
@@ -135,6 +137,21 @@ def test_the_rounding_of_sums_in_float32_is_not_wrong(dtype):
     assert "our output is wrong" in measure.wrong({**row, "error": 1.3 * row["rounding_floor"] + 1e-5})
 
 
+def test_bits_that_depend_on_the_batch_are_wrong():
+    layers = Layers(SMALL, torch.bfloat16, "cpu", 1 << 12, 0)
+    (call,) = layers.inputs(9, "uniform", lambda _: 1)
+    together = warpdecode.moe(*call, layers.gate_up[0], layers.down[0], activation=SMALL.activation)
+    assert measure.same_bits_alone(layers, call, together)
+    for token in (0, 2, 5, 8):  # the sampled ones
+        other = together.clone()
+        other.view(torch.int16)[token, 3] += 1  # the last bit
+        assert not measure.same_bits_alone(layers, call, other), token
+    (row,) = measure.measure(SMALL, "bfloat16", [5], "cpu", "uniform", [], repeats=1, peers=False)
+    assert row["same_bits_alone"] is True
+    said = "our output is wrong: a token alone has other bits than in its batch"
+    assert measure.wrong({**row, "same_bits_alone": False}) == said
+
+
 class OneChild:
     """A child that answers all requests alike."""
 
@@ -159,6 +176,7 @@ def rows_with_a_child(monkeypatch, answer, asked="vllm-invariant"):
         times = {name: {"median": 1.0, "p10": 1.0, "p90": 1.0} for name in ("read ceiling", "two reads", "warpdecode")}
         found = {
             "shape": SMALL.name, "tokens": tokens, "hidden": 8, "intermediate": 8, "error": 1.0, "rounding_floor": 1.0,
+            "same_bits_alone": True,
             "microseconds": times, "peers": [], "peer_errors": {}, "failed": {}, "ratios": {}, "tflops": {}, **more,
         }  # fmt: skip
         return found

@@ -154,7 +154,8 @@ def test_a_shape_that_does_not_fit_is_named_and_the_exit_code_says_so(tmp_path, 
     def first_does_not_fit(shape, *_, **__):
         if shape.name == "granite-3b":
             raise torch.OutOfMemoryError("there is no more")
-        yield made_row(shape.name, 1, {"read ceiling": 80.0, "two reads": 90.0, "warpdecode": 100.0})
+        times = {"read ceiling": 80.0, "two reads": 90.0, "warpdecode": 100.0}
+        yield made_row(shape.name, 1, times, same_bits_alone=True)
 
     monkeypatch.setattr(runner, "measure", first_does_not_fit)
     output = tmp_path / "rows.jsonl"

@@ -180,6 +180,24 @@ def test_an_error_that_is_no_number_is_shown(error):
     assert "largest difference nan, where their standard deviation is nan." in generate_table(steps)
 
 
+def test_routings_are_compared_where_both_are_there():
+    text = layer_table([
+        made_row("olmoe-1b-7b", 8, TIMES, same_bits_alone=True),
+        made_row("olmoe-1b-7b", 64, {**TIMES, "warpdecode": 200.0}, same_bits_alone=False),
+        made_row("olmoe-1b-7b", 8, {**TIMES, "warpdecode": 70.0}, routing="zipf"),
+        made_row("olmoe-1b-7b", 64, {**TIMES, "warpdecode": 206.0}, routing="zipf"),
+        made_row("olmoe-1b-7b", 256, TIMES, routing="zipf"),  # no even one to compare with
+        made_row("olmoe-1b-7b", 8, {**TIMES, "warpdecode": 50.0}, routing="same"),
+        made_row("olmoe-1b-7b", 8, {**TIMES, "warpdecode": 90.0}, routing="zipf", environment={"gpu": "another"}),
+    ])  # fmt: skip
+    heads = "| shape | T 8 | T 64 |\n|:--|--:|--:|"
+    title = "bfloat16, our time with {} routing divided by that with uniform routing:\n\n"
+    assert f"{title.format('zipf')}{heads}\n| olmoe-1b-7b | 0.70 | 1.03 |" in text
+    assert f"{title.format('same')}| shape | T 8 |\n|:--|--:|\n| olmoe-1b-7b | 0.50 |" in text
+    assert text.count("divided by that with uniform") == 2
+    assert text.count("A token alone has its batch's bits in 1 of 2 rows.") == 1 == text.count("A token alone")
+
+
 def test_eager_calls_are_shown_beside_replays():
     spread = {"median": 130.0, "p10": 120.0, "p90": 140.0}
     times = {**TIMES, "vllm": 200.0, "vllm batch-invariant": 300.0}

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+import warpdecode
 from warpdecode.bench import candidates as ours
 from warpdecode.bench import options, peer_vllm, peers
 from warpdecode.bench.failures import reason, say
@@ -78,6 +79,7 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
         "distinct_bytes": round(sum(distinct) / len(distinct) * layers.expert_bytes),
         "gross_bytes": tokens * shape.top_k * layers.expert_bytes,
         "error": errors["warpdecode"], "rounding_floor": floor,
+        "same_bits_alone": same_bits_alone(layers, inputs[0], found["warpdecode"].calls[0]()),
     }  # fmt: skip
     if "vllm" in times:
         row["vllm_config"] = peer_vllm.configuration(layers, tokens)
@@ -142,8 +144,19 @@ def _errors(layers, first_call, candidates):
     return errors, relative(expected.to(layers.dtype), expected), failed
 
 
+def same_bits_alone(layers, first_call, together: torch.Tensor) -> bool:
+    """Whether a call's sampled tokens, each of them alone, have the bits that they have together."""
+    x, ids, weights = first_call
+    experts = warpdecode.Experts(layers.gate_up[0], layers.down[0], activation=layers.shape.activation)
+    ones = [slice(token, token + 1) for token in sample(len(x))]
+    return all(torch.equal(experts(x[one], ids[one], weights[one]), together[one]) for one in ones)
+
+
 def wrong(row: dict) -> str | None:
-    """A sentence where our output is further from float64's than its own rounding and sums in float32 explain."""
+    """A sentence where a token's bits depend on its batch, or our output is further from float64's than its own
+    rounding and sums in float32 explain."""
+    if not row["same_bits_alone"]:
+        return "our output is wrong: a token alone has other bits than in its batch"
     explained = 1.1 * row["rounding_floor"] + 2**-24 * (row["hidden"] + row["intermediate"]) ** 0.5
     if row["error"] <= explained:  # not where it is nan
         return None

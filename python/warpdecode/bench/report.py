@@ -15,6 +15,7 @@ from warpdecode.bench.command import command
 from warpdecode.bench.report_generate import generate_table
 from warpdecode.bench.report_layouts import layouts_table
 from warpdecode.bench.report_parts import by_tokens, grouped, markdown, measured, rows_of, sections
+from warpdecode.bench.report_routing import routing_tables
 from warpdecode.bench.row import LONG, eager, fastest, fractions, in_roundings, is_small, largest, median, ratio, spread
 
 
@@ -23,7 +24,8 @@ def layer_table(rows: list[dict], short: bool = False) -> str:
 
     short: without the tables of vLLM's batch-invariant mode and of eager calls.
     """
-    return "\n\n".join(_section(part, short) for part in sections(rows, "dtype", "device", "routing"))
+    parts = [_section(part, short) for part in sections(rows, "dtype", "device", "routing")]
+    return "\n\n".join([*parts, *routing_tables(rows)])
 
 
 def _section(rows: list[dict], short_report: bool) -> str:
@@ -142,7 +144,9 @@ def _errors(rows: list[dict]) -> str:
         ]
         if errors:
             found.append(f"{whose} up to {largest(errors):.1f}")
-    return f"Error against FP64, in units of the output's own rounding: {', '.join(found)}."
+    text = f"Error against FP64, in units of the output's own rounding: {', '.join(found)}."
+    alone = [row["same_bits_alone"] for row in rows if "same_bits_alone" in row]
+    return text + (f" A token alone has its batch's bits in {sum(alone)} of {len(alone)} rows." if alone else "")
 
 
 def _table(row: dict) -> str:
