@@ -37,7 +37,8 @@ def made_row(shape, tokens, times, distinct_bytes=10**9, apart=None, environment
     row.update(derived(row, {name: 6e9 for name in times if "read" not in name}))
     if apart:
         row["apart"] = {}
-        merge(row, made_row(shape.name, tokens, apart), "vllm", INVARIANT_NAME)
+        invariant = {"vllm_config": {"batch_invariant": True}}
+        merge(row, made_row(shape.name, tokens, apart, **invariant), "vllm", INVARIANT_NAME)
     return row
 
 
@@ -189,9 +190,11 @@ def test_routings_are_compared_where_both_are_there():
         made_row("olmoe-1b-7b", 256, TIMES, routing="zipf"),  # no even one to compare with
         made_row("olmoe-1b-7b", 8, {**TIMES, "warpdecode": 50.0}, routing="same"),
         made_row("olmoe-1b-7b", 8, {**TIMES, "warpdecode": 90.0}, routing="zipf", environment={"gpu": "another"}),
+        made_row("olmoe-1b-7b", 1, TIMES, same_bits_alone=True),  # nothing is compared there
     ])  # fmt: skip
     heads = "| shape | T 8 | T 64 |\n|:--|--:|--:|"
-    title = "bfloat16, our time with {} routing divided by that with uniform routing:\n\n"
+    title = "bfloat16, our time with {} routing divided by that with uniform routing; a GPU; warpdecode 1, torch 2, "
+    title += "vllm 3; commit 0123456; today:\n\n"
     assert f"{title.format('zipf')}{heads}\n| olmoe-1b-7b | 0.70 | 1.03 |" in text
     assert f"{title.format('same')}| shape | T 8 |\n|:--|--:|\n| olmoe-1b-7b | 0.50 |" in text
     assert text.count("divided by that with uniform") == 2

@@ -48,7 +48,8 @@ def test_a_layer_offloaded_to_disk_is_served_while_it_is_there_and_not_held(tmp_
     model = _load(directory, _map("cpu", "disk", "cpu"), torch.float32, offload_folder=tmp_path / "offload")
     rows = warpdecode.hf.explain(model)
     assert [row.device for row in rows] == ["cpu", "meta"]
-    assert [row.reason for row in rows] == ["it is not patched; the kernels can serve it"] * 2
+    assert rows[0].reason == "it is not patched; the kernels can serve it"
+    assert rows[1].reason == "it is not patched; offloaded: looked at when a call brings its weights"
     warpdecode.hf.patch(model, strict=True)
     rows = warpdecode.hf.explain(model)
     assert [row.path for row in rows] == ["warp_decode"] * 2
@@ -56,6 +57,7 @@ def test_a_layer_offloaded_to_disk_is_served_while_it_is_there_and_not_held(tmp_
     _assert_served_and_right(model, directory, torch.float32)
     assert warpdecode.hf.explain(model)[1].reason == "patched; offloaded: a call brings its weights"
     hf_models.experts_modules(model)[1].act_fn = torch.nn.Softsign()
+    assert "looked at when a call" in warpdecode.hf.explain(model)[1].reason  # what the last call saw holds no more
     with pytest.raises(warpdecode.hf.WarpDecodeFallbackError):
         model(hf_models.prompt())
     row = warpdecode.hf.explain(model)[1]

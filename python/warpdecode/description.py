@@ -55,7 +55,7 @@ def struct_fields(
     weight_on_input,
 ) -> dict:  # fmt: skip
     """The fields of the C struct for these keywords of `Experts`. Raises ValueError for what they may not be; which of
-    them go together, the C library knows."""
+    them go together, the C library knows, except of those that are None here where they are 0 there."""
     fields = {
         "activation": _choice("activation", activation, ACTIVATIONS),
         "is_transposed": _choice("is_transposed", is_transposed, TRANSPOSED),

@@ -54,13 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, help="append the rows to this file as JSON lines")
 
 
-def environment(device: str, commit: str | None = None, args: argparse.Namespace | None = None) -> dict:
-    """What a figure depends on beside the code: versions, machine, options, date."""
-    from warpdecode.bench import machine
-
-    return machine.environment(device, commit, args)
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark; prints a table, appends JSON lines to args.output. Returns the exit code: 0 all was measured,
     1 something could not be, 2 wrong usage."""
@@ -71,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         print("warpdecode bench: needs torch; pip install 'warpdecode[hf]'", file=sys.stderr)
         return 1
-    from warpdecode.bench import peers, table, timers
+    from warpdecode.bench import machine, peers, table, timers
     from warpdecode.bench.runner import Runner
 
     with contextlib.ExitStack() as stack:
@@ -92,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"warpdecode bench: {error}", file=sys.stderr)
             return 2
         with timers.torch_threads() if device == "cpu" else contextlib.nullcontext():  # as when calls are timed
-            found = environment(device, args.commit, args)
+            found = machine.environment(device, args.commit, args)
         print(", ".join(f"{key} {value}" for key, value in found.items() if key != "options"))
         without = "; ".join(f"{name}: {why}" for name, why in missing.items())
         print(f"peers: {', '.join(peer_names) or 'none'}{f' ({without})' if without else ''}")

@@ -85,7 +85,7 @@ class Child:
 def merge(row: dict, apart: dict, peer: str, name: str) -> None:
     """Adds to a row the child's peer under a name; ratio and ceiling beside it are those of the child's process."""
     config = apart.get("vllm_config")
-    if name == INVARIANT_NAME and config is not None and not config.get("batch_invariant"):
+    if name == INVARIANT_NAME and peer in apart["microseconds"] and not (config or {}).get("batch_invariant"):
         row["failed"][name] = f"its process does not say that it is batch-invariant, but {config}"
         return
     apart_times = apart["microseconds"]

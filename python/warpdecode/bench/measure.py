@@ -34,21 +34,23 @@ def measure(
     timer = (CudaTimer if options.device(device) == "cuda" else CpuTimer)(repeats)
     left_out: dict[tuple[str, str], list[int]] = {}
     peer_names, fewer = _usable(peers, device), False
-    with torch.no_grad():
-        layers = Layers(shape, dtype, device, timer.cache_bytes, seed)
-        for tokens in tokens_list:
-            row = _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts)
-            for what in row["left_out"].items():
-                left_out.setdefault(what, []).append(tokens)
-            if row["repeats"] < timer.repeats and not fewer:
-                fewer = True
-                say(
-                    f"{shape.name}, from T {tokens} on: {row['repeats']} repeats, not {timer.repeats}, which take over "
-                    f"{timer.row_seconds:g} s; each row says how many it has"
-                )
-            yield row
-    for (name, why), at in left_out.items():
-        say(f"{shape.name}, T {', '.join(map(str, at))}: {name} left out: {why}")
+    try:
+        with torch.no_grad():
+            layers = Layers(shape, dtype, device, timer.cache_bytes, seed)
+            for tokens in tokens_list:
+                row = _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts)
+                for what in row["left_out"].items():
+                    left_out.setdefault(what, []).append(tokens)
+                if row["repeats"] < timer.repeats and not fewer:
+                    fewer = True
+                    say(
+                        f"{shape.name}, from T {tokens} on: {row['repeats']} repeats, not {timer.repeats}, which take "
+                        f"over {timer.row_seconds:g} s; each row says how many it has"
+                    )
+                yield row
+    finally:  # also where a later row does not fit
+        for (name, why), at in left_out.items():
+            say(f"{shape.name}, T {', '.join(map(str, at))}: {name} left out: {why}")
 
 
 def _usable(names, device):
@@ -81,8 +83,6 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
         "error": errors["warpdecode"], "rounding_floor": floor,
         "same_bits_alone": same_bits_alone(layers, inputs[0], found["warpdecode"].calls[0]()),
     }  # fmt: skip
-    if "vllm" in times:
-        row["vllm_config"] = peer_vllm.configuration(layers, tokens)
     if device == "cuda":
         row["clocks"] = state
     if eager:
@@ -93,7 +93,11 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
     if profile and device == "cuda":
         row["kernels_seen"], wrong = _seen(timed)
         failed.update(wrong)
-        times = {name: time for name, time in times.items() if name not in wrong}
+        for name in wrong:
+            for figures in (times, row.get("eager_microseconds", {})):
+                figures.pop(name, None)
+    if "vllm" in times:
+        row["vllm_config"] = peer_vllm.configuration(layers, tokens)
     row.update(
         microseconds=times,
         peers=[name for name in peer_candidates if name in times],
@@ -149,7 +153,12 @@ def same_bits_alone(layers, first_call, together: torch.Tensor) -> bool:
     x, ids, weights = first_call
     experts = warpdecode.Experts(layers.gate_up[0], layers.down[0], activation=layers.shape.activation)
     ones = [slice(token, token + 1) for token in sample(len(x))]
-    return all(torch.equal(experts(x[one], ids[one], weights[one]), together[one]) for one in ones)
+    alone = [experts(x[one], ids[one], weights[one]) for one in ones]
+    return all(_same_bits(found, together[one]) for found, one in zip(alone, ones, strict=True))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))  # 0 and -0 are equal, and nan is not
 
 
 def wrong(row: dict) -> str | None:
@@ -179,18 +188,20 @@ def derived(row: dict, flops: dict[str, float]) -> dict:
 def _seen(timed):
     """The kernels that each candidate ran (None where the profiler sees none), and which of them ran wrong ones."""
     why, calls = "torch's profiler sees no kernels", {name: candidate.calls[0] for name, candidate in timed.items()}
-    for last in (False, True):  # a recording may lose events, a wrong kernel is wrong twice
+    seen: dict[str, list[str]] = {}
+    for _ in range(2):  # a recording may lose events: what either has, ran
         try:
-            seen = kernels_seen(calls)
+            found = kernels_seen(calls) or {}
         except Exception as error:
-            seen, why = None, reason(error)
-        wrong = unexpected(seen) if seen else {}
-        required = [name for name in wrong if timed[name].required]
-        if last and required:
-            raise RuntimeError(f"{required[0]}: {wrong[required[0]]}")
-        if seen and (last or not wrong):
-            return seen, wrong
-    if "profiler" not in _warned:
+            found, why = {}, reason(error)
+        seen |= {name: list(dict.fromkeys([*seen.get(name, ()), *kernels])) for name, kernels in found.items()}
+        wrong = unexpected(seen)
+        if seen and not wrong:
+            return seen, {}
+    for name, sentence in wrong.items():
+        if timed[name].required:
+            raise RuntimeError(f"{name}: {sentence}")
+    if not seen and "profiler" not in _warned:
         _warned.add("profiler")
         say(f"kernels_seen is null: {why}")
-    return None, {}
+    return seen or None, wrong

@@ -21,7 +21,9 @@ def chosen(text: str | None, device: str) -> tuple[list[str], dict[str, str]]:
     What was asked for or is installed, but cannot be used, is said on stderr. Raises ValueError for other names.
     """
     found, missing = [], {}
-    for name in list(NAMES) if text is None else _asked(text):
+    nothing = text is not None and text.strip() == "none"
+    names = [] if nothing else list(NAMES) if text is None else options.names(text, NAMES, "none or some of")
+    for name in names:
         package = name.split("-")[0]
         if package == "vllm" and device != "cuda":
             missing[name] = "it runs on CUDA only"
@@ -35,13 +37,6 @@ def chosen(text: str | None, device: str) -> tuple[list[str], dict[str, str]]:
         if text is not None or missing[name].startswith(_IMPORT):
             say(f"peer {name} left out: {missing[name]}")
     return found, missing
-
-
-def _asked(text: str) -> list[str]:
-    try:
-        return [] if text.strip() == "none" else options.names(text, NAMES)
-    except ValueError as error:
-        raise ValueError(str(error).replace("expected", "expected none or", 1)) from None
 
 
 def _import_fails(name: str) -> str | None:

@@ -145,7 +145,7 @@ def _errors(rows: list[dict]) -> str:
         if errors:
             found.append(f"{whose} up to {largest(errors):.1f}")
     text = f"Error against FP64, in units of the output's own rounding: {', '.join(found)}."
-    alone = [row["same_bits_alone"] for row in rows if "same_bits_alone" in row]
+    alone = [row["same_bits_alone"] for row in rows if "same_bits_alone" in row and row["tokens"] > 1]
     return text + (f" A token alone has its batch's bits in {sum(alone)} of {len(alone)} rows." if alone else "")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from warpdecode.bench.report_parts import by_tokens, grouped, setup
+from warpdecode.bench.report_parts import by_tokens, conditions, grouped, setup
 from warpdecode.bench.row import median
 
 EVEN = "uniform"
@@ -17,7 +17,8 @@ def routing_tables(rows: list[dict]) -> list[str]:
         return f"{median(row, 'warpdecode') / median(even[_place(row)], 'warpdecode'):.2f}"
 
     return [
-        f"{dtype}, our time with {routing} routing divided by that with {EVEN} routing:\n\n{by_tokens(part, cell)}"
+        f"{dtype}, our time with {routing} routing divided by that with {EVEN} routing; {conditions(part)}:\n\n"
+        + by_tokens(part, cell)
         for (dtype, _, routing, _), part in grouped(skewed, "dtype", "device", "routing", setup).items()
     ]
 

@@ -12,7 +12,7 @@ from .forward import own_path_name
 from .found import moe_modules
 from .layer import look_at, weights_between_calls
 from .replaced import forward_against, is_replaced
-from .state import SLOT
+from .state import SLOT, holds
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def _verdict(module, form, weights) -> tuple[str, str]:
     if is_replaced(module):
         how = "patched"
     elif not is_dispatched(module):
-        return own, "it is not patched; the kernels can serve it"
+        return own, f"it is not patched{absent or '; the kernels can serve it'}"
     elif asked_for(module):
         how = "patched" if type(module.config) is PatchedConfig else "asked for by name"
     elif decode.is_on() is None:
-        return own, "it is not patched; the kernels can serve it"
+        return own, f"it is not patched{absent or '; the kernels can serve it'}"
     elif decode.is_hidden():
         return own, "accelerate_decode() is on, but ALL_EXPERTS_FUNCTIONS has another batched_mm set on itself"
     elif own == decode.REPLACED:
@@ -120,7 +120,7 @@ def _against(module, form) -> tuple[str | None, str]:
     if reason is None or not (reason.endswith(ABSENT) and on_loan(module)):
         return reason, ""
     seen = module.__dict__.get(SLOT)  # by a call, when the weights were there; by patch(), as they are now
-    if seen is None or (seen.reason is not None and seen.reason.endswith(ABSENT)):
+    if seen is None or not holds(seen.state, module) or (seen.reason is not None and seen.reason.endswith(ABSENT)):
         return None, "; offloaded: looked at when a call brings its weights"
     return seen.reason, "; offloaded: a call brings its weights"
 
