@@ -1,14 +1,17 @@
 """JAX arrays. They are immutable, so the caller cannot pass one as `out`; the output is a fresh one.
 
 On the CPU the output is a NumPy array handed to JAX at the end, on CUDA a fresh JAX buffer that nobody else has seen.
-JAX shows no current stream; it names, per device, the stream that it waits for when an array comes in from outside
-(`get_stream_for_external_ready_events`). The kernels run on it, and the output is imported again behind them. `finish`
-then waits for the output, because JAX's allocator knows nothing of that stream and would hand the workspace to the next
-computation while the kernels still use it. Likewise every array is ready before the kernels are enqueued, a fresh one
-too: JAX fills it with zeros, which on a busy GPU came after the kernels.
+JAX shows no current stream. It names streams for what comes in from outside (`get_stream_for_external_ready_events`),
+but another one each time, so what it would wait for is not what the kernels ran on. They run on one of them, and
+`finish` waits for that one before the output is imported again: also because JAX's allocator knows nothing of it and
+would hand the workspace to the next computation while the kernels still use it. Likewise every array is ready before
+the kernels are enqueued, a fresh one too: JAX fills it with zeros, which on a busy GPU came after the kernels.
 """
 
 from __future__ import annotations
+
+import ctypes
+import functools
 
 import jax
 import numpy as np
@@ -98,14 +101,29 @@ def workspace(size, like):
 
 
 def stream(like):
-    """The stream that JAX waits for when an array comes in from outside."""
-    if not _on_cuda(like):
-        return 0
-    return next(iter(like.devices())).get_stream_for_external_ready_events()
+    """One of the device's streams, always the same one."""
+    return _stream_of(next(iter(like.devices()))) if _on_cuda(like) else 0
+
+
+@functools.cache
+def _stream_of(device):
+    return device.get_stream_for_external_ready_events()
+
+
+@functools.cache
+def _driver():
+    return ctypes.CDLL("libcuda.so.1")  # which JAX has loaded
+
+
+def _wait(handle):
+    status = _driver().cuStreamSynchronize(ctypes.c_void_p(handle))
+    if status != 0:
+        raise RuntimeError(f"CUDA: waiting for the kernels failed with the driver's error {status}")
 
 
 def finish(output, like):
     """The output as a jax.Array on the device of `like`, and like it bound to that device or not."""
     if isinstance(output, _Fresh):
+        _wait(stream(output.array))
         return jax.dlpack.from_dlpack(output).block_until_ready()
     return jax.device_put(output, like.sharding if like.committed else None)
