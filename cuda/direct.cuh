@@ -50,8 +50,8 @@ inline wd_status spread_bytes(size_t *bytes, int64_t blocks) {
   int sms, limit;
   WD_TRY(multiprocessors(&sms));
   WD_TRY(shared_memory_of_block(&limit));
-  const size_t share = limit / ((blocks + sms - 1) / sms + 1);      // one more block would have less
-  if (*bytes < share) *bytes = share < 1024 ? share : share - 1024; // what the system takes of every block's
+  const size_t share = limit / ((blocks + sms - 1) / sms + 1); // one more block would have less
+  if (*bytes + 1024 < share) *bytes = share - 1024; // what the system takes of every block's; never less than is needed
   return WD_OK;
 }
 
