@@ -28,21 +28,15 @@ inline bool meets_by_expert(const wd_moe_shape &s) {
   return s.tokens * s.top_k <= kMeetingRoutes;
 }
 
-// Up to so many routes an expert, on average, reading its rows is all that counts: tiled's down has small tiles then,
-// and a deep ring (gate_up, too; where its columns are tokens, up to kFewColumns).
-constexpr int kFewRoutes = 24;
-
 // Whether columns of tiled's gate_up are tokens (columns.cuh): nothing is gathered, which Qwen3-30B-A3B at T = 128 took
-// 9 of 288 us for, 16 of 307 at 256. One warp brings them. More than 48 routes an expert it cannot bring as fast as the
-// rows come (Mixtral-8x7B at T = 256: 13% longer), and from 24 on it pays only where gathering is much (OLMoE at 256:
-// 5% less; Mixtral at 128: 4% more). And there must be about two items a block (an item has 128 neurons, 256 where
-// there is no up), so that memory is what limits, not the warp (16 experts, H 5632, I 624 at T = 64: 20% longer).
+// 9 of 288 us for, 16 of 307 at 256, and eight experts, K 1, H 6208, I 544 at T = 64 4 of 58. But with many routes an
+// expert columns then come later than rows (Mixtral-8x7B at 256, 64 an expert: 13% longer). So up to 24; up to 48 where
+// there is much to gather, and two items a block or more (an item has 128 neurons), so that memory is what limits
+// (32 an expert: OLMoE at 256 5% less, Qwen3.5-35B-A3B at 1024 3%; eight experts, K 4, H 3712, I 688 at 64 5% more).
 constexpr int kGatheredRoutes = 1024;
 inline bool columns_are_tokens(const wd_moe_shape &s) {
-  const int64_t routes = s.tokens * s.top_k;
-  return (int64_t)s.experts * s.intermediate >= 1 << 15 &&
-         (routes_an_expert(s, kFewRoutes) ||
-          (routes_an_expert(s, 48) && routes > kGatheredRoutes && routes <= kMeetingRoutes));
+  return routes_an_expert(s, 24) || (routes_an_expert(s, 48) && s.tokens * s.top_k > kGatheredRoutes &&
+                                     (int64_t)s.experts * s.intermediate >= 1 << 15);
 }
 inline size_t gate_up_columns_bytes(const wd_moe_shape &s) {
   return columns_are_tokens(s) ? token_columns_bytes(s) : (size_t)wd_column_groups(&s) * group_bytes(s.hidden);

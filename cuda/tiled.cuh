@@ -127,7 +127,9 @@ __device__ __forceinline__ void tiled(const Op &op, const wd_moe_shape &s, const
   } else {
     give_registers<Sizes::kBringingRegisters>();
     if (warp == 0 && elected()) row_bringer.run();
-    if (warp == 1 && (Columns::kByWarp || elected())) bring_columns<Sizes, Op>(op, s, plan, columns, shared);
+    // One place in the code for both warps: Qwen3-30B-A3B took .4% longer with a copy for each.
+    if (Columns::kByWarp ? warp % 2 == 1 : warp == 1 && elected())
+      bring_columns<Sizes, Op>(op, s, plan, columns, shared, warp / 2);
     if (warp == 2) note_items(op, plan, shared);
   }
 }

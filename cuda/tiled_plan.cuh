@@ -12,8 +12,8 @@ namespace wd {
 constexpr int kWarpgroup = 128, kUnitRows = 128;
 constexpr int kWarpgroups = 2; // that multiply
 constexpr int kMultiplyingThreads = kWarpgroups * kWarpgroup;
-// One more warpgroup, since registers change hands between warpgroups: a warp has rows brought, one columns, and one
-// notes what the items are.
+// One more warpgroup, since registers change hands between warpgroups: a warp has rows brought, one or two bring
+// columns, and one notes what the items are.
 constexpr int kTiledThreads = kMultiplyingThreads + kWarpgroup;
 constexpr int kUnitBytes = kUnitRows * kStepBytes;        // of a step of a unit's rows
 constexpr int kGroupStepBytes = kStep / 8 * kMatrixBytes; // of a step of a group of columns
@@ -54,11 +54,13 @@ template <int COLUMNS, int COLUMN_STAGES, int BOX, int UNITS = kWarpgroups> stru
 };
 using FewRoutes = TiledSizes<64, 5, 2>;
 using ManyRoutes = TiledSizes<128, 4, 4>;
-// For down, where a route has two columns, up to so many: Mixtral-8x7B has 64 +- 7 routes an expert at T = 256, and
-// with 64 at a time half of its experts were read twice (835 us, 736 so). At 80 on average half of the experts have
-// more than fit here, too, and it takes 4% longer.
-constexpr int kSomeRoutes = 72;
 using SomeRoutes = TiledSizes<160, 4, 4>;
+// Which serve down, where a route has two columns, by routes an expert. Few, while no expert has many more than most:
+// where one of Mixtral-8x7B's has more than the 32 that fit, as Zipf-skewed routings have at T = 64, its second item is
+// the last of the call and 80 us long (688 us; 636 of Some; drawn evenly 627 and 629). Some, while hardly any has more
+// than 80: Mixtral-8x7B has 64 +- 7 at T = 256, and of Many half of its experts were read twice (835 us, 736 so); at 80
+// on average half have more than fit here, too, and it takes 4% longer.
+constexpr int kFewRoutes = 8, kSomeRoutes = 72;
 
 // What the items of a call are cut from.
 struct TiledPlan {
@@ -123,7 +125,7 @@ template <class Sizes> struct TiledShared {
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
-  int32_t tokens[Sizes::kColumns];       // of the item that is brought: where they lie (TokenColumns)
+  int32_t tokens[2][Sizes::kColumns];    // of the item that a warp brings: where they lie (TokenColumns)
   int32_t awaited;                       // units of gate_up, of all experts
 };
 

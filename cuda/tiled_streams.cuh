@@ -9,12 +9,13 @@ namespace wd {
 template <class Sizes, int PARTS> struct BoxedColumns {
   using Source = CUtensorMap;
   static constexpr bool kByWarp = false;
+  static constexpr int kTurns = 1;
   const CUtensorMap &map;
   TiledShared<Sizes> &shared;
   int first, boxes;
 
   __device__ __forceinline__ BoxedColumns(const Source &map, const TiledPlan &, const wd_moe_shape &,
-                                          TiledShared<Sizes> &shared)
+                                          TiledShared<Sizes> &shared, int)
       : map(map), shared(shared) {
   }
   __device__ __forceinline__ void begin(const Item &item) {
@@ -27,35 +28,38 @@ template <class Sizes, int PARTS> struct BoxedColumns {
       copy_columns(shared.columns[stage][box * Sizes::kBox], map, step * (kStep / 8), first + box * Sizes::kBox,
                    &shared.columns_full[stage]);
   }
-  __device__ __forceinline__ void end(int) {
+  __device__ __forceinline__ void end() {
   }
 };
 
-// Columns that are tokens (gate_up), put into matrices on their way: 16 bytes at a time, by all lanes of a warp. A step
-// is told of when kBehind more have been asked for, so that many are on their way.
+// Columns that are tokens (gate_up), put into matrices on their way: 16 bytes at a time, by all lanes of two warps,
+// which take turns, a step each. A step is told of when its warp has asked for kBehind more, so that many are on their
+// way.
 template <class Sizes> struct TokenColumns {
   using Source = const void *;
-  static constexpr int kBehind = 2;
   static constexpr bool kByWarp = true;
+  static constexpr int kTurns = 2, kBehind = 1;
   // Multiplying warps wait for a step before they give the one before it back: with a stage less they would wait for
   // what is told of only when that stage has been filled again.
-  static_assert(kBehind + 2 <= Sizes::kColumnStages);
+  static_assert(kTurns * kBehind + 2 <= Sizes::kColumnStages);
   const RouteLists &lists;
   TiledShared<Sizes> &shared;
+  int32_t *const places;     // of the item's tokens, in such words
   const uint4 *const source; // this lane's word of token 0, in chunk 0
   const int top_k, chunks;
-  int count, asked; // routes; steps that are not told of
+  int count, asked, oldest; // routes; steps that are not told of, and the stage of their first
 
   __device__ __forceinline__ TokenColumns(Source tokens, const TiledPlan &plan, const wd_moe_shape &s,
-                                          TiledShared<Sizes> &shared)
-      : lists(plan.lists), shared(shared), source((const uint4 *)tokens + threadIdx.x % 32 / kGroup), top_k(s.top_k),
-        chunks(chunks_of(s.hidden)), asked(0) {
+                                          TiledShared<Sizes> &shared, int turn)
+      : lists(plan.lists), shared(shared), places(shared.tokens[turn]),
+        source((const uint4 *)tokens + threadIdx.x % 32 / kGroup), top_k(s.top_k), chunks(chunks_of(s.hidden)),
+        asked(0), oldest(turn) {
   }
   __device__ __forceinline__ void begin(const Item &item) {
     count = item.count;
     __syncwarp(); // the last item's places have been read
     for (int i = threadIdx.x % 32; i < count; i += 32)
-      shared.tokens[i] = __ldcg(lists.routes + item.first + i) / top_k * (4 * chunks);
+      places[i] = __ldcg(lists.routes + item.first + i) / top_k * (4 * chunks);
     __syncwarp();
   }
   __device__ __forceinline__ void bring(int step, int stage) {
@@ -66,27 +70,27 @@ template <class Sizes> struct TokenColumns {
 #pragma unroll 4
     for (int i = lane % kGroup; i - lane % kGroup < count; i += kGroup, to += kGroupStepBytes) {
       const bool valid = i < count; // else zeros: they fill a group
-      const uint4 *const token = from + (valid ? shared.tokens[i] : 0);
+      const uint4 *const token = from + (valid ? places[i] : 0);
       copy_ahead(to, token, valid);
       copy_ahead_if(whole, to + 4 * kMatrixBytes, token + 4, valid);
     }
     close_copies();
     if (++asked <= kBehind) return;
     await_copies<kBehind>();
-    tell(stage - kBehind);
+    tell();
   }
-  // After the last step, which came to the stage before this one.
-  __device__ __forceinline__ void end(int stage) {
+  __device__ __forceinline__ void end() {
     await_copies<0>();
     while (asked > 0)
-      tell(stage - asked);
+      tell();
   }
-  // That a step is there: wgmma reads past what orders other accesses.
-  __device__ __forceinline__ void tell(int stage) {
+  // That the oldest step is there: wgmma reads past what orders other accesses.
+  __device__ __forceinline__ void tell() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.columns_full[stage < 0 ? stage + Sizes::kColumnStages : stage]);
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.columns_full[oldest]);
     asked--;
+    oldest = oldest + kTurns < Sizes::kColumnStages ? oldest + kTurns : oldest + kTurns - Sizes::kColumnStages;
   }
 };
 
@@ -200,12 +204,14 @@ __device__ __forceinline__ bool meet(int expert, const TiledShared<Sizes> &share
   return all;
 }
 
-// One thread, or warp, has the columns of every step of the block's items brought.
+// One thread has the columns of every step of the block's items brought; or each of kTurns warps those of its steps,
+// `turn` the first of them.
 template <class Sizes, class Op>
 __device__ __forceinline__ void bring_columns(const Op &op, const wd_moe_shape &s, const TiledPlan &plan,
-                                              const typename Op::Columns::Source &columns, TiledShared<Sizes> &shared) {
+                                              const typename Op::Columns::Source &columns, TiledShared<Sizes> &shared,
+                                              int turn) {
   const int steps = steps_of(op.length());
-  typename Op::Columns source(columns, plan, s, shared);
+  typename Op::Columns source(columns, plan, s, shared, turn);
   bool met = plan.awaited_units == 0; // whether all columns are there
   if (plan.dependent && met) wait_for_previous_grid(), allow_copies_of_written();
   int stage = 0, round = 1; // round: parity of the phase that must have ended
@@ -216,12 +222,16 @@ __device__ __forceinline__ void bring_columns(const Op &op, const wd_moe_shape &
     source.begin(item);
     if (!met) met = meet(item.expert, shared, s, plan);
     for (int step = 0; step < steps; step++) {
-      barrier_wait(&shared.columns_empty[stage], round);
-      source.bring(step, stage);
+      if (turn == 0) {
+        barrier_wait(&shared.columns_empty[stage], round);
+        source.bring(step, stage);
+        turn = Op::Columns::kTurns;
+      }
+      turn--;
       if (++stage == Sizes::kColumnStages) stage = 0, round ^= 1;
     }
   }
-  source.end(stage);
+  source.end();
   if (plan.awaited_units > 0) wait_for_previous_grid(); // so that this grid's end is that one's, too
 }
 

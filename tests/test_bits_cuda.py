@@ -218,8 +218,9 @@ def test_what_an_earlier_call_left_in_the_workspace(cuda, monkeypatch, kernel, e
 @pytest.mark.parametrize(
     "lengths",  # few routes an expert to many: items of down and gate_up end at 32 and 64, 80 and 64 or 128, 64 and 128
     [
-        (0, 65, 1, 7, 8, 9, 33, 64, *64 * (5,)),  # with 480 neurons an expert, columns are tokens
-        (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 97, 128, 129, 200, *56 * (16,)),  # likewise
+        (0, 65, 1, 7, 8, 9, 33, 64, *64 * (5,)),  # gate_up's columns are tokens
+        (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 97, 128, 129, 200, *56 * (16,)),  # with 480 neurons an expert
+        (0, 63, 64, 65, 96, 97, 128, 129, *64 * (40,)),  # likewise
         (1, 8, 9, 31, 32, 33, 64, 81),
         (0, 63, 64, 65, 72, 80, 81, 100),
         (64, 65, 80, 81, 128, 129, 200, 1),
