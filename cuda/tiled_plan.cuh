@@ -52,7 +52,7 @@ template <int COLUMNS, int COLUMN_STAGES, int BOX, int UNITS = kWarpgroups> stru
   static constexpr int kBoundThreads = COLUMNS > 64 ? kTiledThreads : 512;
   static_assert(kWarpgroups * kMultiplyingRegisters + kBringingRegisters <= 3 * (65536 / kBoundThreads / 8 * 8));
 };
-using FewRoutes = TiledSizes<64, 5, 2>;
+using FewRoutes = TiledSizes<64, 6, 2>;
 using ManyRoutes = TiledSizes<128, 4, 4>;
 using SomeRoutes = TiledSizes<160, 4, 4>;
 // Which serve down, where a route has two columns, by routes an expert. Few, while no expert has many more than most:
