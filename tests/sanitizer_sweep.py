@@ -24,8 +24,8 @@ CASES = (  # E, K, H, I, T, routing: decode, odd sizes, lists sorted in memory, 
     (34, 2, 136, 104, 1156, "uniform"),  # 68 routes an expert, in one item of tiled's down
     (64, 4, 2112, 128, 24, "uniform"),  # blocks of grouped's down that fill the GPU more than twice
     (32, 4, 72, 1024, 300, "zipf"),  # columns of tiled's gate_up are tokens, with 38 routes an expert
-    (32, 2, 72, 1024, 720, "zipf"),  # with 45
-    (4, 2, 328, 2184, 40, "uniform"),  # with 20, and so many units that items have two
+    (24, 2, 136, 1376, 520, "uniform"),  # with 43
+    (4, 2, 520, 2184, 40, "uniform"),  # with 20, and so many units that items have two
     (64, 2, 40, 520, 24, "zipf"),  # and with fewer; some have none: a wrong guess where its blocks begin
     (6, 3, 200, 136, 40, "one"),
     # so many units that tiled's items have two: of down, with 25 and 75 routes an expert; of gate_up
