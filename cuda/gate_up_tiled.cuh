@@ -191,7 +191,7 @@ wd_status gate_up_tiled_of(const wd_gate_up_args &args, const RouteLists &lists,
       return launch_gate_up<T, Sizes, BoxedColumns<Sizes, 1>>(args, lists, map, handover, stream);
     });
   }
-  // More than kFewColumns only where items are many.
+  // So many only where experts have 2^15 neurons and more: items of one unit would be no sooner done.
   if (!routes_an_expert(s, kFewColumns))
     return launch_gate_up<T, ManyRoutes, TokenColumns<ManyRoutes>>(args, lists, columns, handover, stream);
   return choose_units<FewRoutes>(s, units_of(args), 1, [&](auto sizes) {

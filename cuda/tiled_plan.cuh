@@ -55,11 +55,11 @@ template <int COLUMNS, int COLUMN_STAGES, int BOX, int UNITS = kWarpgroups> stru
 using FewRoutes = TiledSizes<64, 6, 2>;
 using ManyRoutes = TiledSizes<128, 4, 4>;
 using SomeRoutes = TiledSizes<160, 4, 4>;
-// Which serve down, where a route has two columns, by routes an expert. Few, while no expert has many more than most:
-// where one of Mixtral-8x7B's has more than the 32 that fit, as Zipf-skewed routings have at T = 64, its second item is
-// the last of the call and 80 us long (688 us; 636 of Some; drawn evenly 627 and 629). Some, while hardly any has more
-// than 80: Mixtral-8x7B has 64 +- 7 at T = 256, and of Many half of its experts were read twice (835 us, 736 so); at 80
-// on average half have more than fit here, too, and it takes 4% longer.
+// Which serve down, where a route has two columns, by routes an expert on average. Few, while four times the average
+// still fits (32 routes): Mixtral-8x7B has 16 at T = 64, Zipf-skewed one expert has more than 32, and its second item
+// is the last of the call and 80 us long (688 us, 636 with Some; drawn evenly 627 and 629). Some, while hardly any
+// expert has more than 80: Mixtral-8x7B has 64 +- 7 at T = 256, and with Many half of its experts were read twice (835
+// us, 736 so); at 80 on average half have more than fit here, too, and it takes 4% longer.
 constexpr int kFewRoutes = 8, kSomeRoutes = 72;
 
 // What the items of a call are cut from.
@@ -125,7 +125,7 @@ template <class Sizes> struct TiledShared {
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
-  int32_t tokens[2][Sizes::kColumns];    // of the item that a warp brings: where they lie (TokenColumns)
+  int32_t tokens[2][Sizes::kColumns];    // where those of the item lie that a warp brings (TokenColumns)
   int32_t awaited;                       // units of gate_up, of all experts
 };
 
@@ -239,8 +239,8 @@ template <class Sizes, int PARTS> __device__ __forceinline__ int columns_for(int
 
 // Calls launch(sizes) with items of one unit or of two, parts columns a route: one where, were all experts asked for
 // alike, blocks would take no more of them one after the other than of two. (E 8, K 1, H 6208, I 544 at T = 256: 85.6
-// us where one warpgroup multiplied a unit alone, 73.9 so. But E 16, K 3, H 6720, I 624 at 64, where blocks then take
-// two items instead of one: 120.5 with items of two units, 127.3 of one.)
+// us where one warpgroup multiplied a unit alone, 73.9 so. But E 16, K 3, H 6720, I 624 at 64, columns gathered, where
+// blocks then take two items instead of one: 120.5 with items of two units, 127.3 of one.)
 template <class Sizes, class Launch>
 wd_status choose_units(const wd_moe_shape &s, int units, int parts, Launch launch) {
   using One = typename Sizes::OfOneUnit;

@@ -42,12 +42,12 @@ template <class Sizes> struct TokenColumns {
   // Multiplying warps wait for a step before they give the one before it back: with a stage less they would wait for
   // what is told of only when that stage has been filled again.
   static_assert(kTurns * kBehind + 2 <= Sizes::kColumnStages);
-  // So that a stage is always the same warp's. Of one that is now one's, now the other's, racecheck reports the writes:
-  // it does not follow what orders them, from a barrier to a multiplying warp to another barrier.
+  // So that each stage is always written by the same warp. racecheck reports writes to a stage by both in turn: it does
+  // not follow what orders them, from a barrier through a multiplying warp to another barrier.
   static_assert(Sizes::kColumnStages % kTurns == 0);
   const RouteLists &lists;
   TiledShared<Sizes> &shared;
-  int32_t *const places;     // of the item's tokens, in such words
+  int32_t *const places;     // where the item's tokens lie, in units of 16 bytes
   const uint4 *const source; // this lane's word of token 0, in chunk 0
   const int top_k, chunks;
   int count, asked, oldest; // routes; steps that are not told of, and the stage of their first
