@@ -227,15 +227,16 @@ def test_a_child_that_fails_is_in_the_rows(answer, asked, failed, monkeypatch, c
 def test_a_candidate_with_wrong_kernels_is_left_out_unless_it_is_ours(monkeypatch):
     timed = {"warpdecode": Candidate([int], required=True), "vllm": Candidate([int])}
     seen = {"warpdecode": ["gate_up_direct", "down_direct"], "vllm": ["gemm"]}
+    rounds = dict.fromkeys(timed, int)
     monkeypatch.setattr(measure, "kernels_seen", lambda calls: seen)
-    assert measure._seen(timed) == (seen, {"vllm": "it ran no kernel named fused_moe, but gemm"})
+    assert measure._seen(timed, rounds) == (seen, {"vllm": "it ran no kernel named fused_moe, but gemm"})
     recordings = iter(
         [{"warpdecode": ["gate_up_direct"], "vllm": ["fused_moe"]}, {**seen, "warpdecode": ["down_direct"]}]
     )
     monkeypatch.setattr(measure, "kernels_seen", lambda calls: next(recordings))  # each has lost other events
     both = {"warpdecode": ["gate_up_direct", "down_direct"], "vllm": ["fused_moe", "gemm"]}
-    assert measure._seen(timed) == (both, {})
+    assert measure._seen(timed, rounds) == (both, {})
     monkeypatch.setattr(measure, "kernels_seen", lambda calls: seen)
     seen["warpdecode"] = ["gemm"]
     with pytest.raises(RuntimeError, match="warpdecode: it ran no kernel named gate_up, but gemm"):
-        measure._seen(timed)
+        measure._seen(timed, rounds)

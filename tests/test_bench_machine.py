@@ -1,6 +1,7 @@
 """What a row says of the machine and of the command that wrote it."""
 
 import argparse
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,26 @@ def test_environment_says_threads_and_options():
     assert found["commit"] == "abc"
     assert found["torch_threads"] == torch.get_num_threads() and found["threads"] == warpdecode.get_num_threads()
     assert "options" not in machine.environment("cpu")
+
+
+def test_clocks_are_those_of_a_gpu_at_work(monkeypatch):
+    thrice, done = threading.Event(), []
+
+    def smi(fields):
+        assert fields == "clocks.sm,clocks.mem,clocks.max.sm,power.limit" and thrice.wait(60)
+        return ["1980", "3201", "[N/A]", "700.00"]
+
+    def work():
+        done.append(None)
+        if len(done) == 3:
+            thrice.set()
+
+    monkeypatch.setattr(machine, "_smi", smi)
+    assert machine.clocks(work) == {
+        "sm_mhz": 1980.0, "memory_mhz": 3201.0, "most_sm_mhz": None, "power_limit_w": 700.0,
+    }  # fmt: skip
+    monkeypatch.setattr(machine, "_smi", lambda fields: None)
+    assert machine.clocks(work) is None
 
 
 def test_processor_is_a_model(tmp_path, monkeypatch):

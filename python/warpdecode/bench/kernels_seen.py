@@ -1,4 +1,4 @@
-"""Which CUDA kernels ran: the names that torch's profiler sees in one call, so that a row shows what it timed."""
+"""Which CUDA kernels ran: the names that torch's profiler sees in what was timed, so that a row shows it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _all_marked(calls: dict[str, Callable]) -> None:
 
 
 def kernels_seen(calls: dict[str, Callable]) -> dict[str, list[str]] | None:
-    """The kernels of one call of each candidate, each name once; None where the profiler sees none."""
+    """The kernels of each candidate, each name once; None where the profiler sees none."""
     groups: list[list[str]] = []
     for event in recorded(lambda: _all_marked(calls)):
         if _MARK in event.name:

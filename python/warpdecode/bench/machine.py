@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import platform
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -36,9 +38,14 @@ def _smi(fields: str) -> list[str] | None:
     return [value.strip() for value in lines[0].split(",")] if len(lines) == 1 else None
 
 
-def clocks() -> dict | None:
-    """Clocks and power limit at this moment; None without nvidia-smi."""
-    values = _smi(",".join(_CLOCKS.values()))
+def clocks(work: Callable[[], object]) -> dict | None:
+    """Clocks and power limit while the GPU does this work again and again: an idle one shows what it could do. None
+    without nvidia-smi."""
+    with ThreadPoolExecutor(1) as beside:
+        asked = beside.submit(_smi, ",".join(_CLOCKS.values()))
+        while not asked.done():
+            work()
+    values = asked.result()
     if values is None:
         return None
     return {name: _number(value) for name, value in zip(_CLOCKS, values, strict=False)}

@@ -61,6 +61,7 @@ def _usable(names, device):
 
 def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts):
     shape, device = layers.shape, layers.device
+    timer.rounds = {}  # the memory of the last row's graphs
     inputs = layers.inputs(
         tokens, routing, lambda call_bytes: timer.calls(layers.copies, call_bytes, ours.flops(layers, tokens))
     )
@@ -70,7 +71,7 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
     errors, floor, not_run = _errors(layers, inputs[0], {"warpdecode": found["warpdecode"], **peer_candidates})
     failed.update(not_run)
     times = timer.time({name: candidate for name, candidate in found.items() if name not in failed})
-    state = clocks() if device == "cuda" else None
+    state = clocks(timer.rounds["warpdecode"]) if device == "cuda" else None
     failed.update(timer.failed)
     timed = {name: found[name] for name in times}
     row: dict = {
@@ -91,7 +92,7 @@ def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, prof
         )
         failed.update((f"{name}, eager", why) for name, why in timer.failed.items())
     if profile and device == "cuda":
-        row["kernels_seen"], wrong = _seen(timed)
+        row["kernels_seen"], wrong = _seen(timed, timer.rounds)
         failed.update(wrong)
         for name in wrong:
             for figures in (times, row.get("eager_microseconds", {})):
@@ -185,13 +186,14 @@ def derived(row: dict, flops: dict[str, float]) -> dict:
     }
 
 
-def _seen(timed):
-    """The kernels that each candidate ran (None where the profiler sees none), and which of them ran wrong ones."""
-    why, calls = "torch's profiler sees no kernels", {name: candidate.calls[0] for name, candidate in timed.items()}
+def _seen(timed, rounds):
+    """The kernels of each candidate's round, of the graph that was timed where it is one (None where the profiler sees
+    none), and which candidates ran wrong ones."""
+    why = "torch's profiler sees no kernels"
     seen: dict[str, list[str]] = {}
     for _ in range(2):  # a recording may lose events: what either has, ran
         try:
-            found = kernels_seen(calls) or {}
+            found = kernels_seen(rounds) or {}
         except Exception as error:
             found, why = {}, reason(error)
         seen |= {name: list(dict.fromkeys([*seen.get(name, ()), *kernels])) for name, kernels in found.items()}

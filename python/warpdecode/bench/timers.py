@@ -51,7 +51,7 @@ class Timer:
     """Microseconds per call of candidates. A subclass says how a round is run and how long it takes.
 
     failed: what could not be run of the last candidates, and why; such a one has no times, wherever it failed. taken:
-    how many times the others were measured.
+    how many times the others were measured. rounds: what ran a round of each of those; it holds their graphs.
     """
 
     warm = 1
@@ -61,6 +61,7 @@ class Timer:
         self.repeats, self.cache_bytes = repeats, cache_bytes
         self.failed: dict[str, str] = {}
         self.taken = 0
+        self.rounds: dict[str, Callable[[], float]] = {}
 
     def _runner(self, candidate: Candidate) -> Callable[[], float]:
         """A function that runs the round once and returns its seconds."""
@@ -71,17 +72,18 @@ class Timer:
 
     def time(self, candidates: dict[str, Candidate]) -> dict[str, dict]:
         """Summary of each candidate that could be run."""
-        samples = self._rounds(candidates, self._runner, self.warm)
+        samples, self.rounds = self._measured(candidates, self._runner, self.warm)
         self.taken = min(map(len, samples.values()), default=0)
         return _summaries(candidates, samples)
 
     def time_eager(self, candidates: dict[str, Candidate]) -> dict[str, dict]:
         """Summary of a call's wall time from Python, all of a round enqueued before the one wait at its end."""
-        return _summaries(candidates, self._rounds(candidates, lambda each: functools.partial(self._wall, each.calls)))
+        samples, _ = self._measured(candidates, lambda each: functools.partial(self._wall, each.calls))
+        return _summaries(candidates, samples)
 
-    def _rounds(self, candidates: dict[str, Candidate], runner_of: Callable, warm: int = 1) -> dict[str, list[float]]:
-        """Seconds of the rounds of each candidate that could run them all; fewer than `repeats` where those would take
-        longer than row_seconds.
+    def _measured(self, candidates: dict[str, Candidate], runner_of: Callable, warm: int = 1) -> tuple[dict, dict]:
+        """Seconds of the rounds of each candidate that could run them all (fewer than `repeats` where those would take
+        longer than row_seconds), and what ran them.
 
         The order is new in each repeat: who runs behind whom decides what a large cache still holds.
         """
@@ -113,7 +115,7 @@ class Timer:
                 affordable = int(self.row_seconds / (time.perf_counter() - start))
                 repeats = min(repeats, max(3, affordable))
             repeat += 1
-        return {name: samples[name] for name in runners}
+        return {name: samples[name] for name in runners}, runners
 
     def _wall(self, calls: list[Callable]) -> float:
         self.synchronize()
@@ -154,9 +156,9 @@ class CpuTimer(Timer):
         """
         return max(4, copies, -(-4 * self.cache_bytes // call_bytes))
 
-    def _rounds(self, *what):
+    def _measured(self, *what):
         with torch_threads():
-            return super()._rounds(*what)
+            return super()._measured(*what)
 
     def _runner(self, candidate):
         candidate.calls[0]()  # what cannot run fails here
@@ -181,7 +183,8 @@ class CudaTimer(Timer):
         torch.cuda.synchronize()
 
     def time(self, candidates):
-        # Graphs of one row share a pool of memory: each replay writes what it reads of it, and none outlives the row.
+        # Graphs of one row share a pool of memory: each replay writes what it reads of it, and none outlives the row
+        # that is measured next.
         self._pool = torch.cuda.graph_pool_handle()
         return super().time(candidates)
 
