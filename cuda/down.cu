@@ -100,12 +100,14 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
                          cudaStream_t stream) {
   const wd_moe_shape &s = args.shape;
   constexpr int kRows = 16 * Rows::kTiles * Sizes::kWarps;
+  // 99 KB: what compute capability 8.6, 8.9 and 12.0 have for a block; `counts` is below 1 KB.
+  static_assert(Sizes::template ring_bytes<Rows>(2) + kSearchedRoutes * sizeof(int32_t) + 1024 <= 99 << 10);
   return launch_shared<down_grouped<T, Rows, Sizes>>(
       "down_grouped", dim3((s.hidden + kRows - 1) / kRows, serving_blocks(s), list_splits(s)), dim3(Sizes::kThreads),
       Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream, dependent, args, lists, dependent, flags);
 }
 
-// The ring as deep as leaves room for two to five blocks an SM; GPUs with 99 KB for a block have shorter ones.
+// The ring as deep as leaves room for two to five blocks an SM.
 template <class T>
 wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, const Flags &flags,
                               cudaStream_t stream) {
@@ -130,10 +132,7 @@ wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists,
   }
   if (routes_an_expert(s, 12))
     return launch_grouped<T, Rows, GroupedSizes<8, 2, 4>>(args, lists, dependent, flags, stream);
-  bool deep;
-  WD_TRY((has_room<GroupedSizes<8, 4, 4>, Rows>(&deep, s, 2)));
-  return deep ? launch_grouped<T, Rows, GroupedSizes<8, 4, 4>>(args, lists, dependent, flags, stream)
-              : launch_grouped<T, Rows, GroupedSizes<8, 4, 3>>(args, lists, dependent, flags, stream);
+  return launch_grouped<T, Rows, GroupedSizes<8, 4, 4>>(args, lists, dependent, flags, stream);
 }
 
 // Whole lines of the workspace that nobody reads any more.

@@ -62,7 +62,6 @@ TRANSPOSED = (  # E, K, H, I, T, layout: rows and steps ahead of direct's gate_u
 # where it has less than its full ones want (has_room() of grouped.cuh).
 UNREACHED = (
     "GroupedSizes<8, 2, 5>",  # gate_up: below 110 KB, as where compute capability 8.6, 8.9 and 12.0 have 99
-    "GroupedSizes<8, 4, 3>",  # down: below 98 KB, which no GPU has that is served
 )
 
 
