@@ -107,7 +107,7 @@ wd_status launch_grouped(const wd_down_args &args, const RouteLists &lists, bool
       Sizes::template ring_bytes<Rows>(2) + searched_bytes(s), stream, dependent, args, lists, dependent, flags);
 }
 
-// The ring as deep as leaves room for two to five blocks an SM.
+// The ring as deep as leaves room for two to five blocks an SM of 227 KB.
 template <class T>
 wd_status launch_some_grouped(const wd_down_args &args, const RouteLists &lists, bool dependent, const Flags &flags,
                               cudaStream_t stream) {

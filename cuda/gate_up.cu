@@ -125,7 +125,7 @@ wd_status launch_grouped(const wd_gate_up_args &args, const RouteLists &lists, w
       lists, flags);
 }
 
-// Rings as deep as two to five blocks an SM leave room for; GPUs with 99 KB for a block have shorter ones.
+// Rings as deep as two to five blocks an SM of 227 KB leave room for; one is shorter where a block has 99 KB.
 template <class T>
 wd_status launch_some_grouped(const wd_gate_up_args &args, const RouteLists &lists, wd_cuda_handover *handover,
                               cudaStream_t stream) {

@@ -174,8 +174,8 @@ wd_status launch_gate_up(const wd_gate_up_args &args, const RouteLists &lists, c
       columns, handover != nullptr, told ? lists.served : nullptr, is_plain(args));
 }
 
-// Up to so many routes an expert FewRoutes serve where columns are tokens, as long as hardly any has more than 64: here
-// a route has one column (OLMoE at T = 256, 32 an expert: 199.9 us, 204.1 with ManyRoutes).
+// Up to so many routes an expert on average FewRoutes serve where columns are tokens: hardly any expert then has more
+// than 64, and here a route has one column (OLMoE at T = 256, 32 an expert: 199.9 us, 204.1 with ManyRoutes).
 constexpr int kFewColumns = 40;
 
 // Of weights of type T.
@@ -191,7 +191,7 @@ wd_status gate_up_tiled_of(const wd_gate_up_args &args, const RouteLists &lists,
       return launch_gate_up<T, Sizes, BoxedColumns<Sizes, 1>>(args, lists, map, handover, stream);
     });
   }
-  // So many only where experts have 2^15 neurons and more: items of one unit would be no sooner done.
+  // So many only where all experts together have 2^15 neurons and more: items of one unit would hardly be sooner done.
   if (!routes_an_expert(s, kFewColumns))
     return launch_gate_up<T, ManyRoutes, TokenColumns<ManyRoutes>>(args, lists, columns, handover, stream);
   return choose_units<FewRoutes>(s, units_of(args), 1, [&](auto sizes) {

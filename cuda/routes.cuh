@@ -30,10 +30,10 @@ inline bool meets_by_expert(const wd_moe_shape &s) {
 
 // Whether columns of tiled's gate_up are tokens (columns.cuh): then nothing is gathered. Gathering took Qwen3-30B-A3B 9
 // of 288 us at T = 128 and 16 of 307 at 256, and eight experts (K 1, H 6208, I 544) 4 of 58 us at 64. But with many
-// routes an expert tokens come later than rows (Mixtral-8x7B at 256, 64 an expert: 13% longer). So they are up to 24;
-// up to 48 where there is much to gather, and about two items a block (an item has 128 neurons, 256 where there is no
-// up), so that memory is what limits (32 an expert: OLMoE at 256 5% less, Qwen3.5-35B-A3B at 1024 3%; eight experts,
-// K 4, H 3712, I 688 at 64 5% more).
+// routes an expert tokens come later than rows (Mixtral-8x7B at 256, 64 an expert: 13% longer). So columns are tokens
+// up to 24 routes an expert, and up to 48 where there is much to gather, and about two items a block (an item has 128
+// neurons, 256 where there is no up), so that memory is what limits. With 32 an expert OLMoE at 256 takes 5% less with
+// tokens, Qwen3.5-35B-A3B at 1024 3% less; eight experts (K 4, H 3712, I 688) at 64 5% more.
 constexpr int kGatheredRoutes = 1024;
 inline bool columns_are_tokens(const wd_moe_shape &s) {
   return routes_an_expert(s, 24) || (routes_an_expert(s, 48) && s.tokens * s.top_k > kGatheredRoutes &&

@@ -125,7 +125,7 @@ template <class Sizes> struct TiledShared {
   int32_t before[kTiledMaxExperts + 1];  // items of the experts before
   int32_t offsets[kTiledMaxExperts + 1]; // of the lists
   int32_t routes[2][Sizes::kColumns];    // of the item, by parity of its number
-  int32_t tokens[2][Sizes::kColumns];    // where those of the item lie that a warp brings (TokenColumns)
+  int32_t tokens[2][Sizes::kColumns];    // where the item's tokens lie, for each warp that brings (TokenColumns)
   int32_t awaited;                       // units of gate_up, of all experts
 };
 

@@ -58,10 +58,10 @@ TRANSPOSED = (  # E, K, H, I, T, layout: rows and steps ahead of direct's gate_u
     (3, 8, 264, 136, 13, "transposed"),  # 64, 3; 64, 2
 )
 
-# Template arguments of what no GPU reaches on which a block can have 227 KB of shared memory: shorter rings of grouped,
-# where it has less than its full ones want (has_room() of grouped.cuh).
+# Template arguments of what no GPU reaches on which a block can have 227 KB of shared memory: the shorter ring of
+# grouped's gate_up, where a block has less than the full one wants (has_room() of grouped.cuh).
 UNREACHED = (
-    "GroupedSizes<8, 2, 5>",  # gate_up: below 110 KB, as where compute capability 8.6, 8.9 and 12.0 have 99
+    "GroupedSizes<8, 2, 5>",  # below 110 KB, as where compute capability 8.6, 8.9 and 12.0 have 99
 )
 
 

@@ -218,6 +218,8 @@ def test_rows_on_cuda(cuda, tmp_path):
         assert row["copies"] * 40 * 3 * 1536 * 512 * 2 > 4 * torch.cuda.get_device_properties(0).L2_cache_size
         assert 0.9 < row["error"] / row["rounding_floor"] < 1.02
         seen = row["kernels_seen"]  # of the graphs that were timed
+        if seen is None or row["clocks"] is None:
+            pytest.skip(f"no profiler or no nvidia-smi here: kernels {seen}, clocks {row['clocks']}")
         assert seen["read ceiling"] == seen["two reads"] == ["read_memory"]
         assert seen["cuda_grouped"] == ["gate_up_grouped", "down_grouped", "combine_slots"]
         assert seen["warpdecode"] == ["gate_up_direct", "down_direct"]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 SHAPES = [
     (32, 8, 2048, 768),
     (24, 8, 2816, 704),
-    (48, 8, 1024, 704),
+    (48, 8, 1024, 704),  # tokens as columns up to 48 routes an expert, since 48 * 704 is beyond 2^15: at T = 256
     (16, 2, 4096, 1600),
     (8, 2, 1024, 3584),
     (96, 10, 512, 256),
@@ -55,7 +55,7 @@ def test_every_batch_size(cuda, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [8, 64, 256, 4096])
 def test_neighbours(cuda, tokens, dtype, shape):
-    """A token's bits are the same behind others, beside copies of one token, and beside padding, by every schedule."""
+    """A token's bits are the same behind others, beside many with its experts, beside padding, by every schedule."""
     experts, top_k, hidden, intermediate = shape
     layer = make_layer(experts, hidden, intermediate, dtype, cuda)
     x, ids, weights = make_tokens(layer, tokens, top_k, seed=hidden + tokens)
@@ -88,10 +88,10 @@ def test_skewed_routings(cuda, experts, hidden, intermediate, dtype, routing):
         valid = (ids >= 0) & (ids < experts)
         for name, call in calls.items():
             assert torch.equal(call(x, ids, weights), expected), (tokens, name)
-            intermediate = warpdecode.moe_gate_up_3d_batched(call, x, ids)
+            middle = warpdecode.moe_gate_up_3d_batched(call, x, ids)
             if name == next(iter(calls)):
-                first = intermediate
-            assert torch.equal(intermediate[valid], first[valid]), (tokens, name)
+                first = middle
+            assert torch.equal(middle[valid], first[valid]), (tokens, name)
             assert torch.equal(warpdecode.moe_down_3d_batched(call, first, ids, weights), expected), (tokens, name)
 
 
@@ -129,7 +129,7 @@ def test_what_lies_around_the_workspace(cuda, monkeypatch, shape, dtype, behind)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_streams_at_once(cuda, dtype, shape):
-    """Calls that run side by side, with a workspace each: both streams begin at once, and neither ends before that."""
+    """Calls on two streams, with a workspace each: each stream begins before the other has ended."""
     experts, top_k, hidden, intermediate = shape
     layer = make_layer(experts, hidden, intermediate, dtype, cuda)
     call = warpdecode.Experts(layer.gate_up, layer.down)
@@ -172,6 +172,7 @@ def test_a_thousand_replays(cuda, monkeypatch, tokens, dtype, shape):
     with monkeypatch.context() as patched, torch.cuda.graph(graph):
         patched.setattr(_torch, "workspace", workspace)
         out = call(*inputs)
+    assert len(taken) == 1
     differing = torch.zeros((), dtype=torch.int64, device=cuda)
     for _ in range(1000):
         for memory in (out, *taken):

@@ -158,11 +158,12 @@ def test_blocks_that_take_many_items(cuda, hidden, intermediate, dtype):
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 10])
-def test_the_workspace_of_more_tokens_serves_fewer(cuda, top_k):
+@pytest.mark.parametrize(("experts", "intermediate"), [(16, 256), (32, 1024)])  # columns of so many neurons are tokens
+def test_the_workspace_of_more_tokens_serves_fewer(cuda, experts, intermediate, top_k):
     """So a shorter last pass has room in what was asked for the first."""
-    layer = make_layer(16, 512, 256, torch.bfloat16, cuda)
-    experts, size = warpdecode.Experts(layer.gate_up, layer.down), ffi.new("size_t *")
-    struct = experts._description.struct  # points into what `experts` owns
+    layer = make_layer(experts, 512, intermediate, torch.bfloat16, cuda)
+    call, size = warpdecode.Experts(layer.gate_up, layer.down), ffi.new("size_t *")
+    struct = call._description.struct  # points into what `call` owns
     sizes = []
     for tokens in range(1, 4096 // top_k + 400, 1 if top_k > 1 else 7):
         check(lib.wd_moe_workspace_size(struct, tokens, top_k, size))

@@ -61,7 +61,7 @@ def _usable(names, device):
 
 def _row(layers, tokens, routing, timer, kernels, peer_names, parts, eager, profile, layouts):
     shape, device = layers.shape, layers.device
-    timer.rounds = {}  # the memory of the last row's graphs
+    timer.rounds = {}  # gives back the memory of the last row's graphs
     inputs = layers.inputs(
         tokens, routing, lambda call_bytes: timer.calls(layers.copies, call_bytes, ours.flops(layers, tokens))
     )

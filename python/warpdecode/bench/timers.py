@@ -183,8 +183,8 @@ class CudaTimer(Timer):
         torch.cuda.synchronize()
 
     def time(self, candidates):
-        # Graphs of one row share a pool of memory: each replay writes what it reads of it, and none outlives the row
-        # that is measured next.
+        # Graphs of one row share a pool of memory: each replay writes what it reads of it, and the next row's beginning
+        # ends them all.
         self._pool = torch.cuda.graph_pool_handle()
         return super().time(candidates)
 
