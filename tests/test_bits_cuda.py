@@ -73,15 +73,17 @@ def test_neighbours(cuda, tokens, dtype, shape):
         assert not found[real + copied :].any(), name
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (20, 6, 712, 328), (64, 6, 1024, 768), (8, 6, 2048, 1032)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routing", ["zipf", "one", "out of range"])
-@pytest.mark.parametrize(("experts", "hidden", "intermediate"), [(20, 712, 328), (64, 1024, 768), (8, 2048, 1032)])
-def test_skewed_routings(cuda, experts, hidden, intermediate, dtype, routing):
-    """Lists longer than a tile, empty lists, ids of other processes; both kernels alone as well, and a token alone."""
+def test_skewed_routings(cuda, routing, dtype, shape):
+    """Lists longer than a tile, empty lists, an expert twice in a token, ids of other processes; both kernels alone as
+    well, and a token alone."""
+    experts, top_k, hidden, intermediate = shape
     layer = make_layer(experts, hidden, intermediate, dtype, cuda)
     for tokens in (5, 40, 130, 700, 2500):
-        x, ids, weights = make_tokens(layer, tokens, 6, seed=tokens, routing=routing)
-        calls = calls_of(layer, tokens, 6)
+        x, ids, weights = make_tokens(layer, tokens, top_k, seed=tokens, routing=routing)
+        calls = calls_of(layer, tokens, top_k)
         rule = calls.pop(None)
         expected = rule(x, ids, weights)
         assert torch.equal(rule(x[-1:], ids[-1:], weights[-1:]), expected[-1:]), tokens
